@@ -1,0 +1,100 @@
+"""What a user may say about the data, checked by pydantic. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StandardLibrarySource(_Config):
+    """The running Python interpreter's own standard library, one document per text file."""
+
+    type: Literal["standard_library"]
+
+
+class TextFilesSource(_Config):
+    """Files below a directory (or one file), each a document unless ``document_separator`` cuts it up."""
+
+    type: Literal["text_files"]
+    path: str = Field(description="a directory, or one file")
+    pattern: str = Field(default="**/*.txt", description="which files below the directory; ** is any depth")
+    document_separator: str | None = Field(
+        default=None, min_length=1, description="text between two documents in one file; it is left out"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_is_relative(cls, pattern: str) -> str:
+        if not pattern or pattern.startswith("/"):
+            raise ValueError(f"pattern {pattern!r} must be relative to path, for instance '**/*.txt'")
+        return pattern
+
+
+class JsonlSource(_Config):
+    """Files of one JSON object per line, each line a document. ``.gz`` files are read compressed."""
+
+    type: Literal["jsonl"]
+    path: str = Field(description="a file, or a glob such as corpus/*.jsonl")
+    text_field: str = Field(default="text", description="the key that holds the document's text")
+
+
+class MegatronIndexedSource(_Config):
+    """Token ids in Megatron's indexed format: ``path_prefix`` + ``.bin`` and ``.idx``.
+
+    The configured tokenizer is the one that wrote the ids; it says which id is the boundary mark.
+    """
+
+    type: Literal["megatron_indexed"]
+    path_prefix: str
+    held_out_path_prefix: str | None = Field(
+        default=None, description="a second dataset that is the held-out split, instead of a fraction"
+    )
+
+
+class BytesTokenizer(_Config):
+    """Ids 0 to 255 are the bytes, 256 is the boundary mark."""
+
+    type: Literal["bytes"]
+
+
+class HuggingFaceTokenizer(_Config):
+    """A ``tokenizer.json``: the file, a directory that holds it, or the name of a model on the hub."""
+
+    type: Literal["huggingface"]
+    path: str
+    boundary_token: str = Field(default="<|endoftext|>", min_length=1)
+
+
+class SentencePieceTokenizer(_Config):
+    """A sentencepiece ``.model`` file."""
+
+    type: Literal["sentencepiece"]
+    path: str
+    boundary_token: str = Field(default="</s>", min_length=1)
+
+
+SourceConfig = Annotated[
+    StandardLibrarySource | TextFilesSource | JsonlSource | MegatronIndexedSource, Field(discriminator="type")
+]
+TokenizerConfig = Annotated[
+    BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")
+]
+
+
+class DataConfig(_Config):
+    """Where documents come from, how they become tokens, and how long a sample is."""
+
+    source: SourceConfig
+    tokenizer: TokenizerConfig
+    sequence_length: int = Field(ge=2, description="tokens in a sample that the model reads")
+    held_out_fraction: float = Field(
+        default=0.02, gt=0, lt=0.5, description="share of the documents that is never trained on"
+    )
+    cache_directory: str | None = Field(
+        default=None, description="where tokenized documents are kept for the next start; null: in memory"
+    )

@@ -1,0 +1,56 @@
+"""The order of samples: a pure function of (seed, epoch), and plain slicing for who reads what.
+
+The position of a run is one number, the count of samples read so far. Nothing here depends on the number of
+ranks, workers or micro-batches, so a run continues with exactly the next sample under any other layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.errors import DataError
+
+# Which permutation of an epoch a random stream is for.
+DOCUMENT_ORDER = 0
+SAMPLE_ORDER = 1
+
+
+def permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
+    """(size,) int64: a uniformly random order of range(size).
+
+    It sorts raw 64-bit outputs of Philox, which NumPy promises to keep; the algorithm behind
+    ``Generator.permutation`` may change between versions, and with it the data order of a resumed run.
+    """
+    random = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(size)
+    return np.argsort(random, kind="stable")
+
+
+def global_batch_indices(step: int, global_batch_size: int) -> range:
+    """The samples of optimizer step ``step`` (from 0) where every step reads ``global_batch_size``."""
+    return range(step * global_batch_size, (step + 1) * global_batch_size)
+
+
+def rank_share(
+    indices: Sequence[int], micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+) -> list[list[int]]:
+    """The micro-batches of one data-parallel rank: a consecutive share of ``indices`` in equal parts.
+
+    The shares of all ranks, one after another, are ``indices`` itself. Raises ``DataError`` when ``indices``
+    does not divide evenly or the rank does not exist.
+    """
+    if not 0 <= data_parallel_rank < data_parallel_size:
+        raise DataError(f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size} ranks.")
+    if micro_batch_size < 1 or len(indices) % (micro_batch_size * data_parallel_size):
+        raise DataError(
+            f"a global batch of {len(indices)} samples does not divide into micro-batches of"
+            f" {micro_batch_size} on {data_parallel_size} data-parallel ranks; make it a multiple of"
+            f" {max(micro_batch_size, 1) * data_parallel_size}."
+        )
+    share = len(indices) // data_parallel_size
+    start = data_parallel_rank * share
+    return [
+        list(indices[first : first + micro_batch_size])
+        for first in range(start, start + share, micro_batch_size)
+    ]

@@ -1,0 +1,183 @@
+"""Documents -> samples of one length: concatenate them in an epoch's order and split.
+
+Sample k of an epoch reads positions k*S to k*S + S - 1 of the concatenated tokens (S = sequence length) and
+predicts positions k*S + 1 to k*S + S, so neighbouring samples share one token and every token but the epoch's
+first is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.documents import TokenizedDocuments
+from data.errors import DataError
+from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
+
+# The label where nothing is to be predicted; torch's cross entropy ignores it by default.
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as the model reads them. B rows, S = sequence length."""
+
+    tokens: torch.Tensor  # (B, S) int64
+    labels: torch.Tensor  # (B, S) int64: the next token, or IGNORED_LABEL in padding
+    document_starts: torch.Tensor  # (B, S) bool: the model's state restarts before this token
+    label_bytes: int  # raw bytes that the labels stand for; boundary marks stand for none
+    label_count: int  # labels that are not ignored, boundary marks included
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return Batch(
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            document_starts=self.document_starts.to(device, non_blocking=non_blocking),
+            label_bytes=self.label_bytes,
+            label_count=self.label_count,
+        )
+
+
+@dataclass(frozen=True)
+class _EpochOrder:
+    """One epoch: documents in reading order and where each starts in the concatenation, samples in order."""
+
+    document_starts: np.ndarray  # (D,) where each document, in reading order, starts in the stored tokens
+    stream_starts: np.ndarray  # (D + 1,) where it starts in the concatenation
+    samples: np.ndarray | None  # (samples per epoch,) or None for 0, 1, 2, ...
+
+
+class PackedSamples:
+    """Samples of one split, each computed on demand from its index alone.
+
+    Shuffled (training): sample i belongs to epoch i // samples_per_epoch, for any i >= 0. Each epoch orders
+    the documents and the samples anew; the tokens behind its last full sample (``dropped_tokens``, fewer than
+    a sample, other ones each epoch) are not read in that epoch.
+
+    Not shuffled (held out): ``samples_per_epoch`` samples in the stored order, once through, nothing dropped:
+    the last is padded. Further indices give rows of padding only, with which every rank of a distributed
+    evaluation can run the same number of equal micro-batches.
+    """
+
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        sequence_length: int,
+        boundary_id: int,
+        token_byte_lengths: np.ndarray,
+        seed: int,
+        shuffled: bool,
+    ) -> None:
+        """Raises ``DataError`` when the documents do not fill one sample (shuffled) or predict no token."""
+        self.documents = documents
+        self.sequence_length = sequence_length
+        self.boundary_id = boundary_id
+        self.token_byte_lengths = token_byte_lengths
+        self.seed = seed
+        self.shuffled = shuffled
+        predicted = len(documents.tokens) - 1
+        if predicted < (sequence_length if shuffled else 1):
+            raise DataError(
+                f"the {'training' if shuffled else 'held-out'} split has {len(documents.tokens)} tokens,"
+                f" fewer than one sample of data.sequence_length {sequence_length} + 1 needs; give more text"
+                " or lower data.sequence_length."
+            )
+        if shuffled:
+            self.samples_per_epoch = predicted // sequence_length
+            self.dropped_tokens = predicted % sequence_length
+        else:
+            self.samples_per_epoch = -(-predicted // sequence_length)
+            self.dropped_tokens = 0
+        self._orders: dict[int, _EpochOrder] = {}
+        self._orders_lock = threading.Lock()
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (S + 1,) int64 and document starts (S + 1,) bool of one sample: inputs and the last label.
+
+        ``starts[0]`` is always True: no state is carried from one sample to the next. Padding is filled with
+        the boundary mark. Raises ``IndexError`` for a negative index.
+        """
+        rows, _ = self._rows([index])
+        return rows[0], self._starts(rows)[0]
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices`` as one batch. Raises ``IndexError`` for a negative index."""
+        rows, valid = self._rows(list(indices))
+        labels = rows[:, 1:].copy()
+        labels_in_split = int(valid.sum())
+        label_bytes = self.token_byte_lengths[labels].sum()
+        if labels_in_split < labels.size:
+            # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.
+            labels[np.arange(self.sequence_length) >= valid[:, None]] = IGNORED_LABEL
+        return Batch(
+            tokens=torch.from_numpy(rows[:, :-1].copy()),
+            labels=torch.from_numpy(labels),
+            document_starts=torch.from_numpy(self._starts(rows)[:, :-1].copy()),
+            label_bytes=int(label_bytes),
+            label_count=labels_in_split,
+        )
+
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        starts = rows == self.boundary_id
+        starts[:, 0] = True
+        return starts
+
+    def _rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(B, S + 1) int64 tokens of the samples, padded with the mark, and (B,) how many labels each has."""
+        length = self.sequence_length
+        total = len(self.documents.tokens)
+        rows = np.full((len(indices), length + 1), self.boundary_id, dtype=np.int64)
+        valid = np.zeros(len(indices), dtype=np.int64)
+        for row, index in enumerate(indices):
+            if index < 0:
+                raise IndexError(f"sample {index}: samples are counted from 0")
+            if self.shuffled:
+                epoch, within = divmod(index, self.samples_per_epoch)
+            elif index < self.samples_per_epoch:
+                epoch, within = 0, index
+            else:
+                continue
+            order = self._order(epoch)
+            start = int(within if order.samples is None else order.samples[within]) * length
+            end = min(start + length + 1, total)
+            self._read(order, start, end, rows[row])
+            valid[row] = end - start - 1
+        return rows, valid
+
+    def _read(self, order: _EpochOrder, start: int, end: int, out: np.ndarray) -> None:
+        """Copies positions start to end - 1 of the concatenation to the front of ``out``, as int64."""
+        tokens = self.documents.tokens
+        document = int(np.searchsorted(order.stream_starts, start, side="right")) - 1
+        position = start
+        while position < end:
+            stream_start = int(order.stream_starts[document])
+            piece_end = min(end, int(order.stream_starts[document + 1]))
+            shift = int(order.document_starts[document]) - stream_start
+            out[position - start : piece_end - start] = tokens[position + shift : piece_end + shift]
+            position = piece_end
+            document += 1
+
+    def _order(self, epoch: int) -> _EpochOrder:
+        # Two epochs are kept because a batch may straddle them; the lock is for threads that read ahead.
+        with self._orders_lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                while len(self._orders) >= 2:
+                    del self._orders[min(self._orders)]
+                order = self._orders[epoch] = self._make_order(epoch)
+            return order
+
+    def _make_order(self, epoch: int) -> _EpochOrder:
+        offsets = self.documents.offsets
+        if not self.shuffled:
+            return _EpochOrder(offsets[:-1], offsets, None)
+        documents = permutation(len(offsets) - 1, self.seed, epoch, DOCUMENT_ORDER)
+        stream_starts = np.zeros(len(offsets), dtype=np.int64)
+        np.cumsum(np.diff(offsets)[documents], out=stream_starts[1:])
+        samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
+        return _EpochOrder(offsets[:-1][documents], stream_starts, samples)

@@ -1,0 +1,191 @@
+"""Where documents come from. A source yields documents in a fixed order and can name its content cheaply."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from data.config import (
+    JsonlSource,
+    MegatronIndexedSource,
+    SourceConfig,
+    StandardLibrarySource,
+    TextFilesSource,
+)
+from data.errors import DataError
+
+STANDARD_LIBRARY_SUFFIXES = frozenset({".py", ".pyi", ".txt", ".rst", ".md", ".cfg", ".toml", ".ini"})
+STANDARD_LIBRARY_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: raw bytes, or token ids where the source is tokenized already.
+
+    ``identity`` decides the split and does not depend on where the corpus lies or in which order it is read.
+    ``location`` is what an error message names. ``split`` is set only where the user chose the split.
+    """
+
+    identity: str
+    location: str
+    content: bytes | np.ndarray
+    split: Split | None = None
+
+
+class Source(Protocol):
+    """What the preparation needs from a source."""
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, always in the same order."""
+
+    def fingerprint(self) -> str:
+        """Changes when the files' names, sizes or modification times do; reads no contents."""
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source that ``config`` describes. Raises ``DataError`` when its files are missing."""
+    match config:
+        case StandardLibrarySource():
+            return _open_standard_library()
+        case TextFilesSource():
+            return _open_text_files(config)
+        case JsonlSource():
+            return JsonlDocuments(config)
+        case MegatronIndexedSource():
+            from data.indexed import IndexedDocuments
+
+            return IndexedDocuments(config)
+    raise AssertionError(f"source {config!r} is in the schema but not here")
+
+
+def fingerprint_files(files: list[tuple[str, Path]], *settings: str) -> str:
+    """Hash of names, sizes and modification times of ``files`` (name, path), and of ``settings``."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); check that it exists.") from error
+        digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    return digest.hexdigest()
+
+
+class FileDocuments:
+    """Whole files as documents, or the parts of files between separators."""
+
+    def __init__(self, files: list[tuple[str, Path]], separator: bytes | None = None) -> None:
+        self.files = files
+        self.separator = separator
+
+    def documents(self) -> Iterator[Document]:
+        for name, path in self.files:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read ({error.strerror}); make it readable or leave it out."
+                ) from error
+            if self.separator is None:
+                yield Document(name, str(path), content)
+                continue
+            for number, part in enumerate(content.split(self.separator)):
+                identity = f"{name}\0{hashlib.sha256(part).hexdigest()}"
+                yield Document(identity, f"{path} part {number}", part)
+
+    def fingerprint(self) -> str:
+        return fingerprint_files(self.files, "files", (self.separator or b"").hex())
+
+
+def _open_standard_library() -> FileDocuments:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not root.is_dir():
+        raise DataError(
+            f"the standard library should be a directory at {root} but is not; use a text_files source."
+        )
+    files = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if name not in STANDARD_LIBRARY_LEFT_OUT]
+        for name in names:
+            path = Path(directory, name)
+            if path.suffix.lower() in STANDARD_LIBRARY_SUFFIXES and path.is_file():
+                files.append((path.relative_to(root).as_posix(), path))
+    return FileDocuments(sorted(files))
+
+
+def _open_text_files(config: TextFilesSource) -> FileDocuments:
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        files = [(path.name, path)]
+    elif path.is_dir():
+        files = sorted((p.relative_to(path).as_posix(), p) for p in path.glob(config.pattern) if p.is_file())
+    else:
+        raise DataError(f"data.source.path {path} does not exist; give a directory of texts or one file.")
+    if not files:
+        raise DataError(
+            f"no file below data.source.path {path} matches data.source.pattern {config.pattern!r};"
+            " give the pattern of the files that hold the text."
+        )
+    return FileDocuments(files, config.document_separator.encode() if config.document_separator else None)
+
+
+class JsonlDocuments:
+    """Each line of each file is a JSON object whose ``text_field`` holds one document."""
+
+    def __init__(self, config: JsonlSource) -> None:
+        pattern = os.path.expanduser(config.path)
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        self.files = [(Path(name).name, Path(name)) for name in found if os.path.isfile(name)]
+        self.text_field = config.text_field
+        if not self.files:
+            raise DataError(
+                f"data.source.path {config.path} matches no file; give a .jsonl file or a glob such"
+                " as corpus/*.jsonl."
+            )
+
+    def documents(self) -> Iterator[Document]:
+        for name, path in self.files:
+            opener = gzip.open if path.suffix == ".gz" else open
+            try:
+                with opener(path, "rb") as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            yield self._document(name, f"{path} line {number}", line)
+            except (OSError, EOFError) as error:
+                raise DataError(
+                    f"{path} cannot be read ({error}); make it readable or leave it out of data.source.path."
+                ) from error
+
+    def _document(self, name: str, location: str, line: bytes) -> Document:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{location} is not valid JSON ({error}); every line must be one JSON object, so mend or"
+                " remove this line."
+            ) from error
+        text = record.get(self.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            kind = type(record).__name__
+            held = f"the keys {sorted(record)[:8]}" if isinstance(record, dict) else f"a {kind}"
+            raise DataError(
+                f"{location} should hold a string under {self.text_field!r} but holds {held};"
+                " set data.source.text_field to the key of the text, or mend this line."
+            )
+        # JSON can spell half of a surrogate pair, which strict UTF-8 cannot.
+        content = text.encode("utf-8", errors="surrogatepass")
+        return Document(f"{name}\0{hashlib.sha256(content).hexdigest()}", location, content)
+
+    def fingerprint(self) -> str:
+        return fingerprint_files([(str(path), path) for _, path in self.files], "jsonl", self.text_field)

@@ -1,0 +1,124 @@
+"""What a checkpoint of a training run holds, and how it comes back under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.shards import TensorPiece
+from pretrain.checkpoint.writer import write_checkpoint
+from pretrain.config.schema import Config
+from pretrain.errors import InputError
+from pretrain.models.parameters import full_shape
+from pretrain.parallel.engine import MOMENTS, Engine
+from pretrain.parallel.topology import Topology
+
+
+@dataclass
+class TrainingPosition:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps that were taken or skipped.
+        samples: training samples that were read; the data's whole position.
+        tokens: tokens of those samples.
+        skipped_steps: steps whose gradient was not finite.
+        skipped_in_a_row: how many of the last steps those were.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights: AdamW's own count."""
+        return self.step - self.skipped_steps
+
+
+def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
+    """This rank's part of the checkpoint; each element of a tensor comes from exactly one rank.
+
+    Reading is collective over the data-parallel group, so every rank walks all of its parameters.
+    """
+    for name, parameter in engine.parameters.items():
+        sharded = parameter.spec.shard_dimension
+        shape = engine.shapes[name]
+        writes = topology.data_rank == 0 and (sharded is not None or topology.tensor_rank == 0)
+        for kind in ("weight", *MOMENTS):
+            tensor = engine.read_state(name, kind)
+            if tensor is None or not writes:
+                continue
+            yield TensorPiece(
+                name=name,
+                kind=kind,
+                tensor=tensor.detach().reshape(shape),
+                full_shape=full_shape(parameter, shape),
+                dimension=sharded,
+                offset=0 if sharded is None else topology.tensor_rank * shape[sharded],
+            )
+
+
+def save_training(
+    run_checkpoints: Path,
+    engine: Engine,
+    topology: Topology,
+    config: Config,
+    position: TrainingPosition,
+    data_fingerprint: str,
+    resumed_from: int | None,
+) -> Path:
+    """Writes a checkpoint of ``position``; every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, where one of them could not write; earlier checkpoints are untouched.
+    """
+    state = {
+        "config": config.model_dump(mode="json"),
+        "position": asdict(position),
+        "data_fingerprint": data_fingerprint,
+        "random_state": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    pieces = _pieces(engine, topology)
+    return write_checkpoint(run_checkpoints, position.step, pieces, state, resumed_from=resumed_from)
+
+
+def read_position(reader: CheckpointReader) -> TrainingPosition:
+    """Where the run stood when ``reader``'s checkpoint was written.
+
+    Raises:
+        InputError: the checkpoint was not written by a training run.
+    """
+    try:
+        return TrainingPosition(**reader.state["position"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{reader.path}: holds no training position ({error}), so training cannot resume") from None
+
+
+def restore_random_state(reader: CheckpointReader) -> None:
+    """Puts back the state of torch's CPU generator."""
+    stored = bytearray.fromhex(reader.state["random_state"])
+    torch.set_rng_state(torch.frombuffer(stored, dtype=torch.uint8).clone())
+
+
+def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """This rank's slices of AdamW's moments, one parameter after another."""
+    for name, parameter in engine.parameters.items():
+        dimension, shape = parameter.spec.shard_dimension, engine.shapes[name]
+        moments = {}
+        for kind in MOMENTS:
+            if dimension is None:
+                moments[kind] = reader.read(name, kind)
+            else:
+                length = shape[dimension]
+                offset = length * engine.tensor_rank
+                moments[kind] = reader.read(name, kind, dimension=dimension, offset=offset, length=length)
+        yield name, moments
+

@@ -1,0 +1,236 @@
+"""The command line: commands, their options and exit codes, nothing else.
+
+Heavy imports stay inside the commands, so that ``--help``, ``plan`` and ``doctor`` start at once and need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from data.errors import DataError
+from pretrain.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_STOPPED_BY_SIGNAL,
+    InputError,
+    TrainingError,
+)
+
+EXIT_CODES = """
+
+Exit codes: 0 done; 2 bad input, said in one sentence; 3 stopped by a signal, the state saved; 1 anything else.
+"""
+
+app = typer.Typer(
+    name="pretrain",
+    help="Pretrain large recurrent language models." + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+checkpoint_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed, with a peer beside us in the same run.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="dotted overrides, for instance train.steps=100", metavar="[KEY=VALUE]...")
+]
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="run directory (its newest checkpoint) or one checkpoint", metavar="RUN_OR_CHECKPOINT")
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest complete checkpoint, if any; never: start anew; or a checkpoint's path")
+    ] = "auto",
+) -> None:
+    """Train. Under torchrun: torchrun --nproc-per-node N -m pretrain train CONFIG."""
+    from pretrain.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from pretrain.config.schema import check_world_size
+
+    problem = check_world_size(loaded, int(os.environ.get("WORLD_SIZE", "1")))
+    if problem:
+        raise InputError(f"{config}: {problem}")
+    from pretrain.train import train as run_training
+
+    outcome = run_training(loaded, resume)
+    raise typer.Exit(EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="processes; by default what the layout needs")] = None,
+    gpu: Annotated[str | None, typer.Option(help="kind of GPU, to say whether it fits: h100, h200, a100, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Parameters, FLOPs and bytes per rank of a configuration; needs no GPU and no torch."""
+    from pretrain.config import load_config
+    from pretrain.plan import plan_run, print_plan
+
+    planned = plan_run(load_config(config, overrides or ()), world_size=gpus, gpu=gpu)
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict(), indent=2))
+    else:
+        print_plan(planned)
+
+
+@app.command()
+def export(
+    source: RunOrCheckpoint, output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")]
+) -> None:
+    """Write a model that transformers loads; it is loaded again and its logits compared before this says done."""
+    from pretrain.convert import export_model
+
+    typer.echo(str(export_model(source, output)))
+
+
+@app.command()
+def generate(
+    source: RunOrCheckpoint,
+    prompt: Annotated[list[str] | None, typer.Option(help="text to go on from; may be repeated")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="draw from the k likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest tokens of this mass")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Sample text from a run or checkpoint."""
+    from pretrain.generate import generate_text
+
+    prompts = prompt or [""]
+    texts = generate_text(source, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    for given, text in zip(prompts, texts, strict=True):
+        typer.echo(f"{given}{text}\n{'-' * 40}")
+
+
+@app.command()
+def evaluate(
+    source: RunOrCheckpoint,
+    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Held-out loss in nats per token and bits per byte, beside a bigram model on the same bytes."""
+    from pretrain.evaluate.command import evaluate_checkpoint
+
+    evaluation = evaluate_checkpoint(source, samples)
+    typer.echo(json.dumps(evaluation.to_dict(), indent=2) if as_json else evaluation.to_text())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option(help="PNG; by default RUN.png beside the first run")] = None,
+) -> None:
+    """Draw loss, learning rate, gradient norm and throughput to a PNG."""
+    from pretrain.observe.report import draw_report
+
+    target = output or runs[0].resolve().with_name(runs[0].resolve().name + ".png")
+    typer.echo(f"wrote {draw_report(runs, target)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at the environment: versions, clashes, what is missing."""
+    from pretrain.doctor import examine, print_report
+
+    raise typer.Exit(print_report(examine()))
+
+
+@app.command()
+def models() -> None:
+    """List the registered mixers."""
+    from pretrain.models.registry import channel_mixers, sequence_mixers
+
+    for family in (*sequence_mixers().values(), *channel_mixers().values()):
+        summary = (family.config.__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{family.kind:9} {family.name:12} {summary}")
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]) -> None:
+    """List a run's checkpoints, broken ones too."""
+    from pretrain.checkpoint.commands import describe_all
+
+    for found in describe_all(run):
+        typer.echo(json.dumps(found))
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(source: RunOrCheckpoint) -> None:
+    """Say what a checkpoint holds."""
+    from pretrain.checkpoint.commands import describe
+
+    typer.echo(json.dumps(describe(source), indent=2))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(source: RunOrCheckpoint) -> None:
+    """Compare every file of a checkpoint with its checksum."""
+    from pretrain.checkpoint.commands import verify
+
+    typer.echo(json.dumps(verify(source), indent=2))
+
+
+@bench_app.command("train")
+def bench_train(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 7,
+) -> None:
+    """Tokens/s of forward and backward beside the xlstm package and the machine's own matrix products."""
+    from pretrain.bench.train import print_bench_train
+
+    print_bench_train(rounds)
+
+
+@bench_app.command("kernels")
+def bench_kernels() -> None:
+    """Compile the Triton kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory."""
+    from kernels.compile import main as print_compiled_kernels
+
+    print_compiled_kernels()
+
+
+def _say(text: str) -> None:
+    """An error, once however many processes meet it."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Runs a command and turns what it raises into a sentence and an exit code."""
+    try:
+        code = app(standalone_mode=False) or EXIT_DONE
+    except click.exceptions.Exit as exit_request:
+        code = exit_request.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_BAD_INPUT
+    except (InputError, DataError) as error:
+        _say(f"error: {error}")
+        code = EXIT_BAD_INPUT
+    except TrainingError as error:
+        _say(f"error: {error}")
+        code = EXIT_FAILURE
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted; what was not saved is lost")
+        code = EXIT_FAILURE
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else EXIT_DONE)

@@ -1,0 +1,172 @@
+"""YAML files, dotted overrides, and errors in words. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config.schema import Config
+from pretrain.errors import InputError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file with all that it builds on, applies ``key=value`` overrides, and validates.
+
+    ``base:`` lists files, relative to the one that names them, which are merged in order beneath it.
+
+    Raises:
+        InputError: naming the file and the key that is wrong, and what was expected.
+    """
+    merged = _read_with_bases(Path(path), ())
+    merged = _apply_overrides(merged, overrides)
+    return parse_config(_plain(merged, str(path)), str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> Config:
+    """Validates a plain mapping; ``origin`` names it in messages.
+
+    Raises:
+        InputError: with one sentence for each key that is wrong.
+    """
+    try:
+        return Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        problems = [_describe(problem, raw) for problem in error.errors()]
+        raise InputError(f"{origin}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_with_bases(path: Path, above: tuple[Path, ...]) -> Any:
+    resolved = path.resolve()
+    if resolved in above:
+        raise InputError(f"{path}: its 'base' files lead back to itself; take one of them out")
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        named = f" (named under 'base' in {above[-1]})" if above else ""
+        raise InputError(f"{path}: no such configuration file{named}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a text file ({error})") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: must hold a mapping of keys to values, but holds {type(raw).__name__}")
+    bases = raw.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise InputError(f"{path}: 'base' must be a file name or a list of file names")
+    parts = [_read_with_bases(path.parent / base, (*above, resolved)) for base in bases]
+    try:
+        return OmegaConf.merge(*parts, OmegaConf.create(_exponents_as_numbers(raw)))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path}: cannot be merged with its base files: {error}") from None
+
+
+def _exponents_as_numbers(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; people mean a number."""
+    if isinstance(value, dict):
+        return {key: _exponents_as_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_exponents_as_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _apply_overrides(merged: Any, overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"override '{override}': expected key=value, for instance train.steps=100")
+        try:
+            parsed = _exponents_as_numbers(yaml.safe_load(value))
+            OmegaConf.update(merged, key, parsed, merge=True, force_add=True)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise InputError(f"override '{override}': cannot be applied ({' '.join(str(error).split())})") from None
+    return merged
+
+
+def _plain(merged: Any, origin: str) -> dict[str, Any]:
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{origin}: {' '.join(str(error).split())}") from None
+
+
+def _describe(problem: Any, raw: dict[str, Any]) -> str:
+    """One of pydantic's findings as a sentence that starts with the dotted key."""
+    keys = _keys_in(problem["loc"], raw)
+    name = ".".join(map(str, keys))
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(Config, keys[:-1])
+        close = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key '{name}'; {hint}"
+    if kind == "missing":
+        return f"'{name}' is missing; it must be given"
+    if kind.startswith("union_tag"):
+        expected = problem["ctx"].get("expected_tags", "the name of a registered kind")
+        return f"'{name}.type' must be one of {expected}, but is {problem['ctx'].get('tag', 'missing')!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"'{name}': {message}" if name else message
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"'{name}' is {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_in(location: Sequence[Any], raw: Any) -> list[Any]:
+    """Pydantic's location without the tags of unions, which the file does not hold."""
+    keys = []
+    for position, key in enumerate(location):
+        last = position == len(location) - 1
+        if isinstance(raw, dict) and key in raw:
+            raw = raw[key]
+        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
+            raw = raw[key]
+        elif not (last and isinstance(raw, dict)):
+            continue
+        keys.append(key)
+    return keys
+
+
+def _known_keys(model: Any, keys: Sequence[Any]) -> list[str]:
+    """Keys that a section may have; where several kinds may stand there, all of theirs."""
+    models = [model]
+    for key in keys:
+        inner: list[Any] = []
+        for candidate in models:
+            if isinstance(candidate, type) and issubclass(candidate, pydantic.BaseModel):
+                field = candidate.model_fields.get(key)
+                inner += _models_in(field.annotation) if field else []
+            else:
+                inner += _models_in(candidate)
+        models = inner
+    return sorted({name for found in models if hasattr(found, "model_fields") for name in found.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return [arguments[1]]
+    return [found for argument in arguments for found in _models_in(argument)]

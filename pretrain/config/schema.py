@@ -1,0 +1,260 @@
+"""The whole schema of a run. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from data.config import DataConfig
+from pretrain.models.registry import StrictModel, channel_mixers, config_union, sequence_mixers
+
+SequenceMixerConfig: Any = config_union(sequence_mixers())
+ChannelMixerConfig: Any = config_union(channel_mixers())
+
+
+class BlockConfig(StrictModel):
+    """One residual block: ``x + mixer(norm(x))``, then ``x + channel(norm(x))``; either may be left out."""
+
+    mixer: SequenceMixerConfig | None = Field(None, description="what mixes along the sequence")
+    channel: ChannelMixerConfig | None = Field(None, description="what mixes the channels of each position")
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> BlockConfig:
+        if self.mixer is None and self.channel is None:
+            raise ValueError("a block needs a mixer, a channel mixer, or both; this one has neither")
+        return self
+
+
+class ModelConfig(StrictModel):
+    """A decoder: embedding, blocks, norm, head."""
+
+    vocab_size: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's vocabulary")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    num_layers: int = Field(ge=1, description="number of blocks")
+    layers: list[str] = Field(
+        min_length=1, description="names of blocks, one per layer; a shorter list is a pattern that repeats"
+    )
+    blocks: dict[str, BlockConfig] = Field(min_length=1, description="the blocks that `layers` names")
+    norm_epsilon: float = Field(1e-6, gt=0, description="epsilon of the RMS norms")
+    output_logit_soft_cap: float | None = Field(
+        None, gt=0, description="logits are capped to +-this by c*tanh(x/c); null leaves them as they are"
+    )
+
+    @model_validator(mode="after")
+    def _layers_name_blocks(self) -> ModelConfig:
+        for name in self.layers:
+            if name not in self.blocks:
+                raise ValueError(f"layers names the block '{name}', but blocks has only {sorted(self.blocks)}")
+        if self.num_layers % len(self.layers):
+            raise ValueError(
+                f"the pattern of {len(self.layers)} layers does not repeat a whole number of times in "
+                f"num_layers={self.num_layers}; change num_layers or the length of layers"
+            )
+        for name in set(self.layers):
+            for part in ("mixer", "channel"):
+                section = getattr(self.blocks[name], part)
+                problem = section.problem(self.hidden_size, 1) if section else None
+                if problem:
+                    raise ValueError(f"blocks.{name}.{part}: {problem}")
+        return self
+
+    def block(self, layer: int) -> BlockConfig:
+        """The block of a layer, counted from 0 over the whole model."""
+        return self.blocks[self.layers[layer % len(self.layers)]]
+
+
+class ParallelConfig(StrictModel):
+    """How the model and the batch are split over processes."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel size: heads and channels split over ranks")
+    sequence: bool = Field(
+        False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
+    )
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
+    data: int | None = Field(
+        None, ge=1, description="data-parallel size; null takes what the number of processes leaves"
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO stage: 0 splits nothing, 1 optimizer states, 2 also gradients, 3 also weights"
+    )
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return self.tensor * self.pipeline
+
+    @model_validator(mode="after")
+    def _combinations(self) -> ParallelConfig:
+        if self.pipeline > 1 and self.zero >= 2:
+            raise ValueError(
+                f"zero={self.zero} does not go with pipeline={self.pipeline}: ZeRO-2 would save nothing, because "
+                f"a pipeline stage keeps its whole gradients until its last micro-batch, and ZeRO-3's collective "
+                f"calls deadlock against the stages' sends; use zero=0 or zero=1, or pipeline=1"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence=true needs tensor > 1: it splits the sequence over tensor-parallel ranks")
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with decoupled weight decay on the parameters whose module says so."""
+
+    type: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of the two moments")
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must both lie in [0, 1), but are {self.betas}")
+        return self
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate over the run: linear warm-up, then a decay."""
+
+    type: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        "cosine", description="wsd holds the peak and decays only over the last decay_steps"
+    )
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(
+        None, ge=1, description="length of the decay; null: all after warm-up (wsd: a fifth of the run)"
+    )
+    final_fraction: float = Field(0.1, ge=0, le=1, description="learning rate at the end over its peak")
+
+
+class TrainConfig(StrictModel):
+    """The loop."""
+
+    steps: int = Field(ge=1, description="optimizer steps of the whole run")
+    global_batch_size: int = Field(ge=1, description="sequences per optimizer step, all ranks together")
+    micro_batch_size: int = Field(ge=1, description="sequences per forward pass of one data-parallel rank")
+    seed: int = Field(0, ge=0, description="of the initial weights and of the data's order")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of activations and matrix products; weights and optimizer are always float32"
+    )
+    recompute: Literal["none", "block"] = Field(
+        "none", description="block: keep only each block's input and compute the rest again backward"
+    )
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    evaluate_samples: int = Field(64, ge=1, description="held-out samples of an evaluation, at most")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="also keep checkpoints of multiples of this step")
+    log_every: int = Field(1, ge=1, description="steps between lines where there is no terminal")
+    max_skipped_steps: int = Field(
+        10, ge=1, description="steps in a row with a gradient that is not finite before the run stops"
+    )
+
+
+class RunConfig(StrictModel):
+    """Where the run is kept."""
+
+    directory: str = Field(min_length=1, description="run directory; holds config, metrics and checkpoints")
+
+
+class WandbConfig(StrictModel):
+    """Weights & Biases; nothing is sent anywhere unless the mode is online."""
+
+    mode: Literal["offline", "online"] = "offline"
+    project: str = Field("recurrent-pretrain", min_length=1)
+    entity: str | None = None
+    name: str | None = None
+
+
+class Config(StrictModel):
+    """One run: what ``pretrain train`` reads."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    wandb: WandbConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        problem = _layout_problem(self) or _batch_problem(self) or _schedule_problem(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+
+def _layout_problem(config: Config) -> str | None:
+    model, parallel = config.model, config.parallel
+    if model.num_layers % parallel.pipeline:
+        return (
+            f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}; "
+            f"every stage holds the same number of layers"
+        )
+    if model.vocab_size % parallel.tensor:
+        return (
+            f"model.vocab_size={model.vocab_size} is not divisible by parallel.tensor={parallel.tensor}; pad it "
+            f"to a multiple, for instance {-(-model.vocab_size // (parallel.tensor * 8)) * parallel.tensor * 8}"
+        )
+    if parallel.sequence and config.data.sequence_length % parallel.tensor:
+        return (
+            f"data.sequence_length={config.data.sequence_length} is not divisible by "
+            f"parallel.tensor={parallel.tensor}, which parallel.sequence=true needs"
+        )
+    for name in sorted(set(model.layers)):
+        for part in ("mixer", "channel"):
+            section = getattr(model.blocks[name], part)
+            problem = section.problem(model.hidden_size, parallel.tensor) if section else None
+            if problem:
+                return f"model.blocks.{name}.{part}: {problem}"
+    return None
+
+
+def _batch_problem(config: Config) -> str | None:
+    train, data_parallel = config.train, config.parallel.data or 1
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        return (
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"({train.micro_batch_size}) x parallel.data ({data_parallel})"
+        )
+    return None
+
+
+def _schedule_problem(config: Config) -> str | None:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.warmup_steps >= steps and schedule.warmup_steps > 0:
+        return f"schedule.warmup_steps={schedule.warmup_steps} must be below train.steps={steps}"
+    if schedule.decay_steps is not None and schedule.warmup_steps + schedule.decay_steps > steps:
+        return (
+            f"schedule.warmup_steps + schedule.decay_steps = {schedule.warmup_steps + schedule.decay_steps} "
+            f"exceeds train.steps={steps}"
+        )
+    return None
+
+
+def check_world_size(config: Config, world_size: int) -> str | None:
+    """Why this many processes do not fit the layout, in one sentence; None where they do."""
+    parallel, train = config.parallel, config.train
+    if world_size % parallel.model_parallel:
+        return (
+            f"{world_size} processes cannot hold parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} = {parallel.model_parallel} ranks a whole number of times; "
+            f"start a multiple of {parallel.model_parallel} processes or change the layout"
+        )
+    data_parallel = world_size // parallel.model_parallel
+    if parallel.data is not None and parallel.data != data_parallel:
+        return (
+            f"parallel.data={parallel.data}, but {world_size} processes over {parallel.model_parallel} ranks a "
+            f"model leave {data_parallel}; start {parallel.data * parallel.model_parallel} processes, or set "
+            f"parallel.data to {data_parallel} or null"
+        )
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        return (
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks; change one of them or the number "
+            f"of processes"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Evaluation: the loss on held-out text."""

@@ -1,0 +1,64 @@
+"""Loss on held-out samples, in nats per token and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.order import rank_share
+from data.packing import PackedSamples
+from pretrain.models.decoder import Decoder
+from pretrain.parallel.schedule import run_schedule
+from pretrain.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean loss over held-out labels.
+
+    Attributes:
+        nats_per_token: cross-entropy per label.
+        bits_per_byte: the same text's cross-entropy in bits, over its bytes; compares across tokenizers.
+        labels: how many labels it is the mean of.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    labels: int
+
+
+def held_out_indices(samples: PackedSamples, count: int) -> list[int]:
+    """At most ``count`` samples, spread evenly over the split, the same at every evaluation."""
+    total = samples.samples_per_epoch
+    count = min(count, total)
+    return [position * total // count for position in range(count)]
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: nn.Module,
+    decoder: Decoder,
+    samples: PackedSamples,
+    count: int,
+    micro_batch_size: int,
+    topology: Topology,
+) -> HeldOutLoss:
+    """Evaluates at most ``count`` held-out samples over all ranks; every rank returns the same figures."""
+    indices = held_out_indices(samples, count)
+    # Indices behind the last sample are rows of padding: every rank runs equally many micro-batches.
+    together = micro_batch_size * topology.data_size
+    indices += [samples.samples_per_epoch] * (-len(indices) % together)
+    shares = rank_share(indices, micro_batch_size, topology.data_rank, topology.data_size)
+    batches = [samples.batch(share) for share in shares]
+    was_training = decoder.training
+    decoder.eval()
+    loss = run_schedule(model, decoder, batches, topology.device, train=False)
+    decoder.train(was_training)
+    return HeldOutLoss(
+        nats_per_token=loss.nats_per_token,
+        bits_per_byte=loss.nats / math.log(2) / max(loss.bytes, 1),
+        labels=loss.labels,
+    )

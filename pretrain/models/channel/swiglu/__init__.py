@@ -1,0 +1,1 @@
+"""SwiGLU: a gated feed-forward network."""

@@ -1,0 +1,152 @@
+"""The decoder: embedding, blocks, norm and head; one pipeline stage of it, or all of it."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.models.linear import ColumnParallelProjection, RMSNorm, no_initialisation
+from pretrain.models.mixer import Documents, LayerContext, State
+from pretrain.models.parameters import ParameterSpec, declare, small_normal
+from pretrain.models.registry import family_of
+
+IGNORED_LABEL = -100
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``."""
+
+    def __init__(self, config: BlockConfig, model: ModelConfig, context: LayerContext):
+        super().__init__()
+        norm = (model.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
+        self.mixer = self.channel = None
+        if config.mixer is not None:
+            self.mixer_norm = RMSNorm(*norm)
+            self.mixer = family_of(config.mixer).module(config.mixer, context)
+        if config.channel is not None:
+            self.channel_norm = RMSNorm(*norm)
+            self.channel = family_of(config.channel).module(config.channel, context)
+
+    def forward(
+        self, hidden: Tensor, state: State | None, documents: Documents | None
+    ) -> tuple[Tensor, State | None]:
+        """Hidden states of the same shape, and the mixer's state (None where the block has no mixer)."""
+        if self.mixer is not None:
+            mixed, state = self.mixer(self.mixer_norm(hidden), state, documents)
+            hidden = hidden + mixed
+        if self.channel is not None:
+            hidden = hidden + self.channel(self.channel_norm(hidden))
+        return hidden, state
+
+
+class Decoder(nn.Module):
+    """The part of the model that this rank's pipeline stage holds.
+
+    Blocks are kept under their index in the whole model, so a parameter has the same name in every layout.
+    ``config``, ``model_type`` and ``set_input_tensor`` are what Megatron-core's pipeline schedules ask for.
+    """
+
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig, recompute: str = "none"):
+        super().__init__()
+        self.model, self.config, self.recompute = model, megatron, recompute
+        self.model_type = ModelType.encoder_or_decoder
+        self.is_first_stage = parallel_state.is_pipeline_first_stage()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.input_tensor: Tensor | None = None
+        self.compute_dtype = megatron.pipeline_dtype
+
+        per_stage = model.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
+        first = per_stage * parallel_state.get_pipeline_model_parallel_rank()
+        spec = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0, weight_decay=False)
+        if self.is_first_stage:
+            self.embedding = VocabParallelEmbedding(
+                model.vocab_size,
+                model.hidden_size,
+                init_method=no_initialisation,
+                reduce_scatter_embeddings=megatron.sequence_parallel,
+                config=megatron,
+            )
+            declare(self.embedding.weight, spec)
+        self.layers = nn.ModuleDict()
+        for layer in range(first, first + per_stage):
+            context = LayerContext(model.hidden_size, layer, model.num_layers, megatron)
+            self.layers[str(layer)] = Block(model.block(layer), model, context)
+        if self.is_last_stage:
+            self.output_norm = RMSNorm(model.hidden_size, model.norm_epsilon, megatron.sequence_parallel)
+            head = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0)
+            self.head = ColumnParallelProjection(model.hidden_size, model.vocab_size, head, megatron)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Takes the hidden states of the stage before; called by the pipeline schedule."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded = self.embedding(tokens)
+        if not self.config.sequence_parallel:
+            embedded = embedded.transpose(0, 1).contiguous()
+        return embedded.to(self.compute_dtype)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of this rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)``, float32."""
+        logits = self.head(self.output_norm(hidden)).float()
+        cap = self.model.output_logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _blocks(
+        self, hidden: Tensor, states: dict[str, State] | None, documents: Documents | None
+    ) -> tuple[Tensor, dict[str, State]]:
+        final = {}
+        for layer, block in self.layers.items():
+            state = None if states is None else states.get(layer)
+            if self.recompute == "block" and torch.is_grad_enabled():
+                hidden, state = checkpoint(block, hidden, state, documents, use_reentrant=False)
+            else:
+                hidden, state = block(hidden, state, documents)
+            if state is not None:
+                final[layer] = state
+        return hidden, final
+
+    def forward(self, tokens: Tensor, labels: Tensor, document_starts: Tensor) -> Tensor:
+        """One micro-batch for training.
+
+        Args:
+            tokens, labels: ``(batch, sequence)`` int64; labels hold ``IGNORED_LABEL`` where nothing counts.
+            document_starts: ``(batch, sequence)`` bool, True at each document's first token.
+
+        Returns:
+            On the last stage the summed cross-entropy of the labels that count, in nats, a float32 scalar;
+            on the others hidden states for the next.
+        """
+        hidden = self._embed(tokens) if self.is_first_stage else self.input_tensor
+        hidden, _ = self._blocks(hidden, None, Documents(document_starts))
+        if not self.is_last_stage:
+            return hidden
+        counts = labels != IGNORED_LABEL
+        losses = vocab_parallel_cross_entropy(self._head(hidden), labels.where(counts, 0).t().contiguous())
+        return (losses * counts.t()).sum()
+
+    def logits(
+        self,
+        tokens: Tensor,
+        states: dict[str, State] | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, State]]:
+        """Logits and the state after them, for a model that is whole on this rank.
+
+        Args:
+            tokens: ``(batch, sequence)`` int64.
+            states: as returned by an earlier call; None at the beginning.
+            document_starts: as in :meth:`forward`; None: no document begins within this call.
+
+        Returns:
+            ``(batch, sequence, vocabulary)`` float32, and the state of each layer.
+        """
+        documents = None if document_starts is None else Documents(document_starts)
+        hidden, final = self._blocks(self._embed(tokens), states, documents)
+        return self._head(hidden).transpose(0, 1), final

@@ -1,0 +1,163 @@
+"""Megatron-core's parallel linear layers with float32 weights, products in the dtype of the activations.
+
+Parameters stay float32, so that they are their own master copies and their gradients accumulate in float32;
+each product casts its weight to the dtype of its input. The cast copy is not kept for the backward pass: it is
+made again there, so that it costs no memory between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from pretrain.models.parameters import ParameterSpec, constant, declare, new_parameter
+
+
+def no_initialisation(tensor: Tensor) -> Tensor:
+    """Megatron-core asks for an initialiser; the configuration tells it not to initialise."""
+    return tensor
+
+
+def _multiply(linear: Callable[..., Tensor], build_weight: Callable[[], Tensor]) -> Tensor:
+    """Runs ``linear(weight)`` so that the weight is built again, not stored, for the backward pass."""
+    weight = build_weight()
+
+    def pack(saved: Tensor) -> Tensor | None:
+        is_weight = saved.data_ptr() == weight.data_ptr() and saved.shape == weight.shape
+        return None if is_weight else saved
+
+    def unpack(saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
+        with torch.no_grad():
+            return build_weight()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(weight)
+
+
+class _CastColumnParallelLinear(ColumnParallelLinear):
+    """Column-parallel product whose weight is built from float32 parameters by the caller."""
+
+    def forward_with(self, hidden: Tensor, build_weight: Callable[[], Tensor]) -> Tensor:
+        return _multiply(lambda weight: self(hidden, weight=weight)[0], build_weight)
+
+
+class RowParallelProjection(RowParallelLinear):
+    """``hidden @ weight.T``, the input split by channels; the result is summed over tensor-parallel ranks.
+
+    Under sequence parallelism each rank keeps its part of the sequence of that sum.
+    """
+
+    def __init__(self, input_size: int, output_size: int, spec: ParameterSpec, megatron: TransformerConfig):
+        super().__init__(
+            input_size,
+            output_size,
+            config=megatron,
+            init_method=no_initialisation,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        declare(self.weight, spec)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: object) -> Tensor:  # noqa: A002
+        product = super()._forward_impl
+        if weight.dtype == input.dtype:
+            return product(input=input, weight=weight, **options)
+        return _multiply(
+            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)[0]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of several linear maps of the same input.
+
+    Attributes:
+        size: output channels, all tensor-parallel ranks together; split evenly over them.
+        weight: its declaration (``shard_dimension`` is 0).
+    """
+
+    size: int
+    weight: ParameterSpec
+
+
+class ColumnParallelProjections(nn.Module):
+    """Several linear maps of one input, done as a single product, each split over ranks by its own outputs.
+
+    Fusing at run time rather than in the parameters keeps each map under its own global name, so that any
+    number of ranks holds whole slices of each; and under sequence parallelism the input is gathered once.
+
+    Parameters are named ``{name}_weight``. Biases are the caller's, who may want them added in float32.
+    """
+
+    def __init__(self, input_size: int, projections: dict[str, Projection], megatron: TransformerConfig):
+        super().__init__()
+        self.names = tuple(projections)
+        for name, projection in projections.items():
+            weight = new_parameter((projection.size, input_size), projection.weight)
+            self.register_parameter(f"{name}_weight", weight)
+        self.sizes = [getattr(self, f"{name}_weight").shape[0] for name in self.names]
+        self.linear = _CastColumnParallelLinear(
+            input_size,
+            sum(projection.size for projection in projections.values()),
+            config=megatron,
+            init_method=no_initialisation,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=True,
+        )
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Maps ``(sequence, batch, input_size)`` to one ``(sequence, batch, size / ranks)`` per projection."""
+        weights = [getattr(self, f"{name}_weight") for name in self.names]
+
+        def build() -> Tensor:
+            return torch.cat([weight.to(hidden.dtype) for weight in weights])
+
+        return self.linear.forward_with(hidden, build).split(self.sizes, dim=-1)
+
+
+class ColumnParallelProjection(ColumnParallelLinear):
+    """A single column-parallel map with its own ``weight``, for the output head."""
+
+    def __init__(self, input_size: int, output_size: int, spec: ParameterSpec, megatron: TransformerConfig):
+        super().__init__(
+            input_size, output_size, config=megatron, init_method=no_initialisation, bias=False, gather_output=False
+        )
+        declare(self.weight, spec)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: object) -> Tensor:  # noqa: A002
+        product = super()._forward_impl
+        if weight.dtype == input.dtype:
+            return product(input=input, weight=weight, **options)
+        return _multiply(
+            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)[0]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, reduced in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float, sequence_parallel: bool):
+        super().__init__()
+        self.epsilon = epsilon
+        spec = ParameterSpec(constant(1.0), weight_decay=False, partial_gradient=sequence_parallel)
+        self.weight = new_parameter((size,), spec)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Same shape and dtype as ``hidden``, whose last dimension is normalised."""
+        normed = nn.functional.rms_norm(hidden.float(), self.weight.shape, self.weight, self.epsilon)
+        return normed.to(hidden.dtype)

@@ -1,0 +1,120 @@
+"""Weights of a checkpoint into a model: whole in one process, or each rank's slice under any layout."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
+from pretrain.config import Config, parse_config
+from pretrain.errors import InputError
+from pretrain.models.decoder import Decoder
+from pretrain.models.parameters import declared_parameters, full_shape
+from pretrain.parallel.topology import build_topology, megatron_config
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, whole in this process.
+
+    Attributes:
+        decoder: in evaluation mode, its weights without gradients.
+        config: of its run, but laid out for one process and computing in float32.
+        step: optimizer steps that it was trained for.
+        checkpoint: the directory that it was read from.
+    """
+
+    decoder: Decoder
+    config: Config
+    step: int
+    checkpoint: Path
+
+
+def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
+    """Reads a model whole into this process, whatever layout it was trained with.
+
+    Builds process groups of its own and drops those of an earlier call, so it is not for use inside a
+    training process.
+
+    Args:
+        path: a run directory (its newest complete checkpoint is meant) or one checkpoint.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        InputError: there is no complete checkpoint, or its weights are not those of its configuration.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, but is {device!r}")
+    checkpoint = resolve_checkpoint(Path(path))
+    with CheckpointReader(checkpoint) as reader:
+        config = _in_one_process(reader, device)
+        topology = build_topology(config)
+        decoder = Decoder(config.model, megatron_config(config))
+        read_weights(decoder, reader)
+        decoder = decoder.to(topology.device).eval().requires_grad_(False)
+        return LoadedModel(decoder, config, reader.step, checkpoint)
+
+
+def _in_one_process(reader: CheckpointReader, device: str) -> Config:
+    """The configuration that the checkpoint holds, laid out for one process."""
+    raw = reader.state.get("config")
+    if not isinstance(raw, dict):
+        raise InputError(f"{reader.path}: its state holds no run configuration under 'config'")
+    config = parse_config(raw, f"configuration in {reader.path}")
+    raw = config.model_dump(mode="json")
+    raw["parallel"] = {"tensor": 1, "pipeline": 1, "sequence": False, "zero": 0}
+    raw["train"] |= {"device": device, "precision": "float32", "recompute": "none"}
+    return parse_config(raw, f"configuration in {reader.path}")
+
+
+@torch.no_grad()
+def read_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
+    """Copies into each parameter this rank's own slice of the tensor of its global name.
+
+    Works under any tensor- and pipeline-parallel layout, before an optimizer engine splits the parameters
+    further; only the bytes that this rank holds are read.
+
+    Raises:
+        InputError: the checkpoint lacks a tensor, has one of another shape, or (where this rank holds the
+            whole depth of the model) has one that the model does not know.
+    """
+    parameters = dict(declared_parameters(model))
+    stored = set(reader.names("weight"))
+    _check_names(reader, set(parameters), stored)
+    for name, parameter in parameters.items():
+        expected, found = full_shape(parameter), reader.shape(name)
+        if expected != found:
+            raise InputError(
+                f"{reader.path} is a checkpoint from another model: {name!r} has shape {list(found)} there, but "
+                f"{list(expected)} in this configuration"
+            )
+        dimension = parameter.spec.shard_dimension
+        if dimension is None:
+            parameter.copy_(reader.read(name))
+            continue
+        length = parameter.shape[dimension]
+        offset = length * parallel_state.get_tensor_model_parallel_rank()
+        parameter.copy_(reader.read(name, dimension=dimension, offset=offset, length=length))
+
+
+def _check_names(reader: CheckpointReader, expected: set[str], stored: set[str]) -> None:
+    missing = sorted(expected - stored)
+    # A pipeline stage knows only its own parameters; the rest of the checkpoint belongs to other stages.
+    whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    extra = sorted(stored - expected) if whole else []
+    if missing:
+        near = difflib.get_close_matches(missing[0], extra or sorted(stored), n=1)
+        hint = f"; the nearest name there is {near[0]!r}" if near else ""
+        raise InputError(
+            f"{reader.path} is a checkpoint from another model: it lacks {len(missing)} tensors that this "
+            f"configuration has, first {missing[0]!r}{hint}"
+        )
+    if extra:
+        raise InputError(
+            f"{reader.path} is a checkpoint from another model: it has {len(extra)} tensors that this "
+            f"configuration lacks, first {extra[0]!r}"
+        )

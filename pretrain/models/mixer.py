@@ -1,0 +1,121 @@
+"""The contract that every mixer keeps; everything else in the stack works through it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from pretrain.models.registry import MixerConfig
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Where a mixer stands in the model.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        layer: index over the whole model, from 0.
+        num_layers: of the whole model.
+        megatron: Megatron-core's configuration (parallel sizes, sequence parallelism).
+    """
+
+    hidden_size: int
+    layer: int
+    num_layers: int
+    megatron: TransformerConfig
+
+    @property
+    def tensor_parallel(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in a batch of packed sequences.
+
+    Attributes:
+        starts: ``(batch, sequence)`` bool, True at each document's first token. State restarts there. A
+            sequence whose first flag is False goes on with the state that it is given.
+    """
+
+    starts: Tensor
+
+    @functools.cached_property
+    def segment_ids(self) -> Tensor:
+        """``(batch, sequence)`` int64; equal exactly for tokens of the same document."""
+        return self.starts.cumsum(dim=1)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a mixer's recurrent state: its shape without the batch, and how ranks split it.
+
+    Attributes:
+        shape: of the whole state, all tensor-parallel ranks together; always float32.
+        shard_dimension: dimension of ``shape`` that is split over tensor-parallel ranks; None is replicated.
+    """
+
+    shape: tuple[int, ...]
+    shard_dimension: int | None
+
+
+class SequenceMixer(nn.Module):
+    """Maps hidden states to hidden states along the sequence.
+
+    A subclass takes ``(config, context)`` and keeps these promises, which the conformance suite checks:
+
+    * any sequence length, and any way of cutting a sequence into calls that hand on the state, give the same
+      result: teacher forcing, chunks and one-token decoding are one function of the state;
+    * no output depends on a later input;
+    * at a document's first token the whole state (convolution windows too) is as at the very beginning;
+    * state is float32, with the batch as its first dimension.
+    """
+
+    config: MixerConfig
+
+    def state_tensors(self) -> Mapping[str, StateTensor]:
+        """The tensors of the state by name."""
+        raise NotImplementedError(f"{type(self).__name__} must declare its state")
+
+    def initial_state(self, batch_size: int, device: torch.device) -> State:
+        """This rank's part of the state before the first token: zeros, unless a mixer says otherwise."""
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        state = {}
+        for name, declared in self.state_tensors().items():
+            shape = list(declared.shape)
+            if declared.shard_dimension is not None:
+                shape[declared.shard_dimension] //= size
+            state[name] = torch.zeros(batch_size, *shape, dtype=torch.float32, device=device)
+        return state
+
+    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+        """One call.
+
+        Args:
+            hidden: ``(sequence, batch, hidden_size)``; under sequence parallelism this rank's part of the
+                sequence, while ``documents`` always describes the whole of it.
+            state: as returned by an earlier call, or None at the beginning.
+            documents: where documents begin; None: nowhere within this call.
+
+        Returns:
+            Hidden states of the same shape, and the state after the last token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement forward")
+
+
+class ChannelMixer(nn.Module):
+    """Maps each position's hidden state by itself; takes ``(config, context)``."""
+
+    config: MixerConfig
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps ``(sequence, batch, hidden_size)`` to the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} must implement forward")

@@ -1,0 +1,1 @@
+"""mLSTM: the matrix-memory cell of xLSTM in the layout of xLSTM-7B."""

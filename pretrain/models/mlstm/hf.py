@@ -1,0 +1,36 @@
+"""mLSTM in Hugging Face's form: parameter names and configuration fields, by ``model_type``."""
+
+from __future__ import annotations
+
+from pretrain.models.mlstm.config import MLSTMConfig
+
+# Our name within the mixer -> the name within a block of the native class.
+KEYS = {
+    "xlstm": {
+        "projections.query_weight": "mlstm_layer.q.weight",
+        "projections.key_weight": "mlstm_layer.k.weight",
+        "projections.value_weight": "mlstm_layer.v.weight",
+        "projections.output_gate_weight": "mlstm_layer.ogate_preact.weight",
+        "projections.input_gate_weight": "mlstm_layer.igate_preact.weight",
+        "projections.forget_gate_weight": "mlstm_layer.fgate_preact.weight",
+        "input_gate_bias": "mlstm_layer.igate_preact.bias",
+        "forget_gate_bias": "mlstm_layer.fgate_preact.bias",
+        "norm_weight": "mlstm_layer.multihead_norm.weight",
+        "output.weight": "mlstm_layer.out_proj.weight",
+    }
+}
+
+
+def _xlstm_fields(config: MLSTMConfig, hidden_size: int) -> dict[str, object]:
+    """``xLSTMConfig``'s fields; its layers take ``int(hidden_size * factor)`` channels, as ours do."""
+    return {
+        "num_heads": config.num_heads,
+        "qk_dim_factor": config.query_key_factor,
+        "v_dim_factor": config.value_factor,
+        "gate_soft_cap": config.gate_soft_cap,
+        "norm_eps": config.norm_epsilon,
+        "eps": config.cell_epsilon,
+    }
+
+
+FIELDS = {"xlstm": _xlstm_fields}

@@ -1,0 +1,137 @@
+"""What a parameter declares about itself: its start, its split over ranks, its decay.
+
+Weights start from a seed by their *global* name: every rank draws the whole tensor from a generator seeded by
+(seed, name) and keeps its slice. Every layout of ranks so starts from the same model, which is what lets a
+parallel run be compared with a single process, value by value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Generator, Tensor, nn
+
+Initialiser = Callable[[Tensor, Generator], None]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Declared by the module that owns a parameter.
+
+    Attributes:
+        initialise: fills the full (unsplit) float32 tensor in place, drawing from the generator.
+        shard_dimension: dimension split evenly over tensor-parallel ranks; None is replicated.
+        weight_decay: whether decoupled weight decay applies.
+        partial_gradient: the parameter is replicated, but each tensor-parallel rank sees only a part of its
+            gradient (a part of the sequence, or of the heads), so gradients are summed over those ranks.
+    """
+
+    initialise: Initialiser
+    shard_dimension: int | None = None
+    weight_decay: bool = True
+    partial_gradient: bool = False
+
+
+def normal(standard_deviation: float) -> Initialiser:
+    """Starts from N(0, standard_deviation^2)."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        tensor.normal_(0.0, standard_deviation, generator=generator)
+
+    return fill
+
+
+def small_normal(width: int) -> Initialiser:
+    """N(0, 2 / (5 width)): "small" initialisation (Nguyen and Salazar 2019, arXiv 1910.05895)."""
+    return normal(math.sqrt(2.0 / (5.0 * width)))
+
+
+def wang_normal(width: int, num_layers: int) -> Initialiser:
+    """N(0, (2 / (num_layers sqrt(width)))^2): for projections back into the residual stream."""
+    return normal(2.0 / (num_layers * math.sqrt(width)))
+
+
+def constant(value: float) -> Initialiser:
+    """Starts from one value everywhere."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+def evenly_spaced(first: float, last: float) -> Initialiser:
+    """Starts from evenly spaced values along the tensor's only dimension."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        tensor.copy_(torch.linspace(first, last, tensor.numel()))
+
+    return fill
+
+
+def declare(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
+    """Attaches the declaration, and the marks by which Megatron-core and DeepSpeed know a split parameter."""
+    parameter.spec = spec
+    if spec.shard_dimension is not None:
+        for name, value in (
+            ("tensor_model_parallel", True),
+            ("partition_dim", spec.shard_dimension),
+            ("partition_stride", 1),
+        ):
+            setattr(parameter, name, value)
+    return parameter
+
+
+def new_parameter(full_shape: tuple[int, ...], spec: ParameterSpec) -> nn.Parameter:
+    """A float32 parameter of this rank's slice of ``full_shape``, not yet filled."""
+    shape = list(full_shape)
+    if spec.shard_dimension is not None:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        if shape[spec.shard_dimension] % size:
+            raise ValueError(f"shape {full_shape} does not split over {size} ranks at {spec.shard_dimension}")
+        shape[spec.shard_dimension] //= size
+    return declare(nn.Parameter(torch.empty(shape, dtype=torch.float32)), spec)
+
+
+def full_shape(parameter: nn.Parameter, shape: torch.Size | None = None) -> tuple[int, ...]:
+    """Shape of the whole tensor that this rank holds a slice of."""
+    sizes = list(parameter.shape if shape is None else shape)
+    if parameter.spec.shard_dimension is not None:
+        sizes[parameter.spec.shard_dimension] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(sizes)
+
+
+def shard_of(full: Tensor, spec: ParameterSpec) -> Tensor:
+    """This rank's slice of a whole tensor."""
+    if spec.shard_dimension is None:
+        return full
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return full.chunk(size, spec.shard_dimension)[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def declared_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its global name, in the model's order.
+
+    Raises:
+        TypeError: a module made a parameter without declaring it.
+    """
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "spec"):
+            raise TypeError(f"parameter {name} has no ParameterSpec; its module must declare one")
+        yield name, parameter
+
+
+@torch.no_grad()
+def initialise_weights(model: nn.Module, seed: int) -> None:
+    """Fills every parameter from ``seed`` and its global name; the same in every layout."""
+    for name, parameter in declared_parameters(model):
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        full = torch.empty(full_shape(parameter), dtype=torch.float32)
+        parameter.spec.initialise(full, generator)
+        parameter.copy_(shard_of(full, parameter.spec))

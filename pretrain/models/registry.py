@@ -1,0 +1,156 @@
+"""What is registered: every folder here that holds a ``config.py`` with a ``CONFIG`` is one mixer.
+
+A mixer is one folder with
+
+* ``config.py``: ``CONFIG``, a subclass of :class:`MixerConfig` (no torch);
+* ``cost.py``: parameters, FLOPs and bytes from the config alone (no torch), see :class:`MixerCost`;
+* ``mixer.py``: ``MIXER``, the module class, a subclass of :class:`pretrain.models.mixer.SequenceMixer` or
+  :class:`pretrain.models.mixer.ChannelMixer`;
+* ``hf.py``: how its parameters are named in the Hugging Face form.
+
+Adding a folder registers it; nothing else names it. This module imports no torch, so that a login node can
+read and check configurations.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+ROOT = Path(__file__).parent
+
+
+class StrictModel(pydantic.BaseModel):
+    """Base of every configuration section: unknown keys are refused and values are not changed later."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class MixerConfig(StrictModel):
+    """Base of a mixer's configuration; subclasses add ``type: Literal[name]`` and their fields."""
+
+    def problem(self, hidden_size: int, tensor_parallel: int) -> str | None:
+        """One sentence about why this mixer cannot have this width or be split over this many ranks.
+
+        Returns:
+            None where it can.
+        """
+        return None
+
+    @classmethod
+    def examples(cls, hidden_size: int) -> list[MixerConfig]:
+        """Small configurations of this mixer for ``hidden_size``, for the conformance tests."""
+        raise NotImplementedError(f"{cls.__name__} must list small examples for the conformance tests")
+
+
+@dataclass(frozen=True)
+class MixerCost:
+    """What a mixer costs, from its configuration alone.
+
+    FLOPs count matrix products only, a multiply-add as two, so that they can be compared with torch's
+    ``FlopCounterMode``. Bytes are for one rank that holds the whole mixer; all of them split evenly over
+    tensor-parallel ranks.
+
+    Attributes:
+        parameters: number of trainable parameters, all tensor-parallel ranks together.
+        parameters_replicated: how many of those every tensor-parallel rank holds in full.
+        active_parameters: how many of those one token uses (fewer than ``parameters`` for routed experts).
+        projection_flops_per_token: products of one token with weights, forward; the backward pass does twice
+            as many.
+        scan_flops_per_token: useful work along the sequence, forward, at the sequence length asked for:
+            only pairs of tokens that may see each other count. The backward pass counts twice as much.
+        executed_scan_flops_per_token: what the torch kernel really multiplies for that, forward, padding and
+            masked pairs included.
+        executed_scan_backward_flops_per_token: likewise backward, what the kernel computes again included.
+        state_bytes: recurrent state of one sequence.
+        activation_bytes_per_token: kept for the backward pass per token when nothing is recomputed, on a GPU;
+            the mixer's input is the block's to count.
+        working_bytes_per_token: held per token only while this mixer's backward pass runs.
+    """
+
+    parameters: int
+    parameters_replicated: int
+    active_parameters: int
+    projection_flops_per_token: float
+    scan_flops_per_token: float
+    executed_scan_flops_per_token: float
+    executed_scan_backward_flops_per_token: float
+    state_bytes: int
+    activation_bytes_per_token: float
+    working_bytes_per_token: float
+
+    @property
+    def flops_per_token(self) -> float:
+        """Useful FLOPs of one forward pass per token."""
+        return self.projection_flops_per_token + self.scan_flops_per_token
+
+
+@dataclass(frozen=True)
+class MixerFamily:
+    """One registered mixer: its name, its kind, and its modules, each imported when first asked for."""
+
+    name: str
+    kind: str
+    package: str
+
+    @functools.cached_property
+    def config(self) -> type[MixerConfig]:
+        return importlib.import_module(f"{self.package}.config").CONFIG
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The ``torch.nn.Module`` class. Imports torch."""
+        return importlib.import_module(f"{self.package}.mixer").MIXER
+
+    @functools.cached_property
+    def cost(self) -> typing.Callable[..., MixerCost]:
+        """``cost(config, hidden_size, sequence_length, bytes_per_element, num_layers) -> MixerCost``."""
+        return importlib.import_module(f"{self.package}.cost").cost
+
+    @functools.cached_property
+    def hugging_face(self) -> ModuleType:
+        return importlib.import_module(f"{self.package}.hf")
+
+
+def _discover(kind: str, directory: Path, package: str) -> dict[str, MixerFamily]:
+    families = {}
+    for folder in sorted(directory.iterdir()):
+        if (folder / "config.py").is_file():
+            families[folder.name] = MixerFamily(folder.name, kind, f"{package}.{folder.name}")
+    return families
+
+
+@functools.cache
+def sequence_mixers() -> dict[str, MixerFamily]:
+    """Every registered sequence mixer, by the name that a configuration's ``type`` gives."""
+    return _discover("sequence", ROOT, "pretrain.models")
+
+
+@functools.cache
+def channel_mixers() -> dict[str, MixerFamily]:
+    """Every registered channel mixer, by the name that a configuration's ``type`` gives."""
+    return _discover("channel", ROOT / "channel", "pretrain.models.channel")
+
+
+def family_of(config: MixerConfig) -> MixerFamily:
+    """The registered family that a mixer's configuration belongs to."""
+    for family in (*sequence_mixers().values(), *channel_mixers().values()):
+        if family.config is type(config):
+            return family
+    raise KeyError(f"{type(config).__name__} is not the configuration of a registered mixer")
+
+
+def config_union(families: dict[str, MixerFamily]) -> Any:
+    """The type that pydantic checks a mixer's section against: the one whose ``type`` is named in it."""
+    configs = tuple(family.config for family in families.values())
+    if len(configs) == 1:
+        return configs[0]
+    return Annotated[typing.Union[configs], Field(discriminator="type")]  # noqa: UP007 (built at run time)

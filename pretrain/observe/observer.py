@@ -1,0 +1,99 @@
+"""Everything that a run tells: metrics.jsonl, the progress on screen, Weights & Biases. Rank 0 only."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from pretrain.config.schema import Config
+from pretrain.evaluate.held_out import HeldOutLoss
+from pretrain.observe.metrics import MetricsLog
+from pretrain.observe.progress import Progress
+from pretrain.observe.run_directory import RunDirectory
+from pretrain.observe.wandb_logger import WandbLogger
+from pretrain.parallel.engine import StepResult
+from pretrain.parallel.schedule import BatchLoss
+from pretrain.plan import model_flops_per_token
+
+
+class Observer:
+    """Takes what each step measured and passes it on; on ranks other than 0 it does nothing.
+
+    The clock runs only between :meth:`start_step` and :meth:`finish_step`, so evaluations and checkpoints do
+    not lower the tokens per second of the step after them.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory, start_step: int, is_main: bool):
+        self.config, self.is_main = config, is_main
+        self.flops_per_token = model_flops_per_token(config)
+        self.pending: dict[str, object] = {}
+        self._began = 0.0
+        if is_main:
+            self.metrics = MetricsLog(run.metrics_file)
+            self.metrics.truncate_after(start_step)
+            self.wandb = (
+                WandbLogger(config.wandb, run.path, config.model_dump(mode="json")) if config.wandb else None
+            )
+            self.progress = Progress(config.train.steps, start_step, config.train.log_every)
+
+    def __enter__(self) -> Observer:
+        if self.is_main:
+            self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_main:
+            self.flush()
+            self.progress.__exit__(kind, error, trace)
+            self.metrics.close()
+            if self.wandb:
+                self.wandb.close()
+
+    def message(self, text: str) -> None:
+        """One line for whoever watches."""
+        if self.is_main:
+            self.progress.message(text)
+
+    def start_step(self) -> None:
+        """Starts the clock of a step."""
+        self.flush()
+        self._began = time.perf_counter()
+
+    def finish_step(
+        self, step: int, loss: BatchLoss, result: StepResult, learning_rate: float, tokens: int, total_tokens: int
+    ) -> None:
+        """Takes the figures of one step; ``tokens`` is how many it read, ``total_tokens`` all so far."""
+        if not self.is_main:
+            return
+        rate = tokens / max(time.perf_counter() - self._began, 1e-9)
+        self.pending = {
+            "step": step,
+            "loss": loss.nats_per_token,
+            "grad_norm": result.gradient_norm,
+            "learning_rate": learning_rate,
+            "tokens": total_tokens,
+            "tokens_per_second": rate,
+            "tflops_per_second": rate * self.flops_per_token / 1e12,
+            "skipped": not result.applied,
+        }
+        self.progress.update(step, self.pending)
+
+    def evaluated(self, step: int, loss: HeldOutLoss) -> None:
+        """Adds an evaluation to the figures of the step that it followed."""
+        if self.is_main:
+            self.pending |= {
+                "step": step,
+                "held_out_loss": loss.nats_per_token,
+                "held_out_bits_per_byte": loss.bits_per_byte,
+            }
+            self.progress.evaluation(step, loss.nats_per_token, loss.bits_per_byte)
+
+    def flush(self) -> None:
+        """Writes the figures of the last step, all of which are there; before a checkpoint and before a step."""
+        if self.is_main and self.pending:
+            self.metrics.append(self.pending)
+            if self.wandb:
+                self.wandb.log(int(self.pending["step"]), self.pending)
+            self.pending = {}

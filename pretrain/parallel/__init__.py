@@ -1,0 +1,1 @@
+"""Parallel training: process groups, the pipeline schedule, ZeRO, and Megatron-core without CUDA."""

@@ -1,0 +1,29 @@
+"""Builds what a training run computes with: this rank's part of the model, and its engine."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pretrain.config.schema import Config
+from pretrain.models.decoder import Decoder
+from pretrain.optimizer.adamw import build_adamw
+from pretrain.parallel.engine import Engine, ReplicatedEngine
+from pretrain.parallel.topology import Topology, megatron_config
+
+
+def build_model(config: Config) -> Decoder:
+    """This rank's part of the model on the CPU, not yet filled; the groups must exist."""
+    megatron: TransformerConfig = megatron_config(config)
+    return Decoder(config.model, megatron, config.train.recompute)
+
+
+def build_engine(model: Decoder, config: Config, topology: Topology) -> Engine:
+    """Moves the filled model to its device and wraps it; the engine keeps the weights it finds."""
+    model.to(topology.device)
+    optimizer = build_adamw(model, config.optimizer)
+    if config.parallel.zero == 0:
+        return ReplicatedEngine(model, optimizer, config.optimizer.gradient_clip)
+    # Imported only here: DeepSpeed takes seconds to import and sets up a backend of its own.
+    from pretrain.parallel.zero import ZeroEngine
+
+    return ZeroEngine(model, optimizer, config)

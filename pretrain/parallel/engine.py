@@ -1,0 +1,150 @@
+"""The optimizer step over many ranks, behind one interface: replicated (ZeRO 0) or DeepSpeed (ZeRO 1-3).
+
+Megatron-core's schedule owns the micro-batches; an engine owns what happens to gradients after them: sums over
+tensor-parallel and data-parallel ranks, one global norm, clipping, the update, and where its state is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from pretrain.models.decoder import Decoder
+from pretrain.models.parameters import declared_parameters
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step, the same on every rank.
+
+    Attributes:
+        gradient_norm: global norm before clipping, every parameter of the model counted once.
+        applied: False where that norm is not finite: nothing was changed.
+    """
+
+    gradient_norm: float
+    applied: bool
+
+
+class Engine(ABC):
+    """Owns gradients, optimizer and its state for one rank's part of the model."""
+
+    def __init__(self, model: Decoder, optimizer: torch.optim.AdamW):
+        self.decoder = model
+        self.optimizer = optimizer
+        self.parameters = dict(declared_parameters(model))
+        # ZeRO-3 empties the parameters themselves.
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """What the schedule calls."""
+
+    @abstractmethod
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Round the schedule of one optimizer step; when it ends, gradients are ready for :meth:`step`."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepResult:
+        """Clips and updates, unless the gradient is not finite; then forgets the gradients."""
+
+    @abstractmethod
+    def read_state(self, name: str, kind: str) -> Tensor | None:
+        """This rank's slice of a parameter (``weight``) or of a moment; None before the first step.
+
+        Collective over the data-parallel group: every rank of it must call in the same order.
+        """
+
+    @abstractmethod
+    def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
+        """Sets both moments of every parameter (this rank's slices) and AdamW's count of steps."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def sum_partial_gradients(self) -> None:
+        """Sums, over tensor-parallel ranks, gradients of which each of them holds a part."""
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.spec.partial_gradient and parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+
+
+class ReplicatedEngine(Engine):
+    """ZeRO 0: every data-parallel rank holds all of its model-parallel part and averages gradients."""
+
+    def __init__(self, model: Decoder, optimizer: torch.optim.AdamW, gradient_clip: float):
+        super().__init__(model, optimizer)
+        self.gradient_clip = gradient_clip
+
+    @property
+    def model(self) -> nn.Module:
+        return self.decoder
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        yield
+        self.sum_partial_gradients()
+        size = parallel_state.get_data_parallel_world_size()
+        if size == 1:
+            return
+        group = parallel_state.get_data_parallel_group()
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        flat /= size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _gradient_norm(self) -> float:
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        counted = [
+            parameter.grad
+            for parameter in self.parameters.values()
+            if parameter.grad is not None and (parameter.spec.shard_dimension is not None or first)
+        ]
+        device = next(iter(self.parameters.values())).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if counted:
+            total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return math.sqrt(total.item()) if torch.isfinite(total) else math.inf
+
+    def step(self, learning_rate: float) -> StepResult:
+        norm = self._gradient_norm()
+        if math.isfinite(norm):
+            if 0 < self.gradient_clip < norm:
+                gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+                torch._foreach_mul_(gradients, self.gradient_clip / norm)
+            self.set_learning_rate(learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, math.isfinite(norm))
+
+    def read_state(self, name: str, kind: str) -> Tensor | None:
+        parameter = self.parameters[name]
+        if kind == "weight":
+            return parameter.detach()
+        return self.optimizer.state.get(parameter, {}).get(kind)
+
+    def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
+        for name, values in moments:
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(steps)),
+                **{kind: values[kind].to(parameter.device, copy=True) for kind in MOMENTS},
+            }

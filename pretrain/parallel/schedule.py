@@ -1,0 +1,98 @@
+"""Runs the micro-batches of one step through Megatron-core's schedule (1F1B where there are stages)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from data.packing import Batch
+from pretrain.models.decoder import Decoder
+from pretrain.parallel.no_cuda import cuda_tensors_on_cpu
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """Loss over a global batch, the same on every rank.
+
+    Attributes:
+        nats: cross-entropy summed over every label that counts.
+        labels: how many labels count.
+        bytes: bytes of text that they stand for.
+    """
+
+    nats: float
+    labels: int
+    bytes: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / max(self.labels, 1)
+
+
+class _ScheduledModel(nn.Module):
+    """What the schedule sees: the engine's model, with the decoder's attributes that schedules ask for."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder):
+        super().__init__()
+        object.__setattr__(self, "_called", model)
+        self.config, self.model_type = decoder.config, decoder.model_type
+        self.set_input_tensor = decoder.set_input_tensor
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._called(*inputs)
+
+
+def run_schedule(
+    model: nn.Module, decoder: Decoder, micro_batches: Sequence[Batch], device: torch.device, train: bool
+) -> BatchLoss:
+    """Forward, and backward if ``train``, over this rank's micro-batches of one global batch.
+
+    Gradients are those of the mean over every label of the *global* batch that counts, however labels are
+    spread over micro-batches and ranks. All ranks of a data-parallel group must bring equally many
+    micro-batches of the same shape.
+    """
+    totals = torch.tensor(
+        [0.0, sum(batch.label_count for batch in micro_batches), sum(batch.label_bytes for batch in micro_batches)],
+        dtype=torch.float64,
+        device=device,
+    )
+    group = parallel_state.get_data_parallel_group()
+    dist.all_reduce(totals[1:], group=group)
+    # The schedule divides by the number of micro-batches, and engines average over data-parallel ranks.
+    data_size = parallel_state.get_data_parallel_world_size()
+    scale = len(micro_batches) * data_size / max(totals[1].item(), 1.0)
+
+    def forward_step(batches: Iterator[Batch], called: nn.Module) -> tuple[Tensor, object]:
+        batch = next(batches)
+        inputs = (batch.tokens, batch.labels, batch.document_starts)
+        output = called(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+
+        def loss_function(nats: Tensor) -> tuple[Tensor, Tensor]:
+            return nats * scale, nats.detach().clone()
+
+        return output, loss_function
+
+    batch_size, sequence_length = micro_batches[0].tokens.shape
+    with cuda_tensors_on_cpu(), torch.set_grad_enabled(train):
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[_ScheduledModel(model, decoder)],
+            num_microbatches=len(micro_batches),
+            seq_length=sequence_length,
+            micro_batch_size=batch_size,
+            forward_only=not train,
+        )
+    if losses:
+        totals[0] = torch.stack([loss.double() for loss in losses]).sum()
+        dist.all_reduce(totals[:1], group=group)
+    # Only the last stage knows the loss; the others add zero.
+    dist.all_reduce(totals[:1], group=parallel_state.get_pipeline_model_parallel_group())
+    nats, labels, size = totals.tolist()
+    return BatchLoss(nats, int(labels), int(size))

@@ -1,0 +1,128 @@
+"""Processes and their groups: joins the job, builds Megatron-core's groups, and says where this rank stands."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pretrain.config.schema import Config, check_world_size
+from pretrain.errors import InputError
+from pretrain.parallel.no_cuda import bridge_cuda_calls
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands.
+
+    Attributes:
+        device: that this process computes on.
+        rank, world_size: over all processes.
+        tensor_rank, pipeline_rank, data_rank: within their groups; ``*_size`` likewise.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device of this process; ``auto`` takes CUDA where there is some.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device=cuda, but torch sees no CUDA device; set train.device=cpu or auto")
+    if requested == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def world_size_of_environment() -> int:
+    """Number of processes that the launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device: torch.device) -> None:
+    """Joins the default process group; a process started without a launcher is a group of its own."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=30)
+    if "RANK" in os.environ and world_size_of_environment() > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def build_topology(config: Config) -> Topology:
+    """Joins the job and builds the groups of ``config.parallel``, replacing those of an earlier call.
+
+    Raises:
+        InputError: the number of processes does not fit the layout.
+    """
+    problem = check_world_size(config, dist.get_world_size() if dist.is_initialized() else world_size_of_environment())
+    if problem:
+        raise InputError(problem)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    bridge_cuda_calls()
+    device = choose_device(config.train.device)
+    join_processes(device)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+    )
+    return Topology(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=config.parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=config.parallel.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def megatron_config(config: Config) -> TransformerConfig:
+    """Megatron-core's own configuration of the same run; its layers and schedules read it."""
+    return TransformerConfig(
+        num_layers=config.model.num_layers,
+        hidden_size=config.model.hidden_size,
+        # Megatron-core checks its own attention's heads against the layout; our mixers check theirs.
+        num_attention_heads=config.parallel.tensor,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence,
+        pipeline_dtype=PRECISIONS[config.train.precision],
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Megatron-core frees a stage's output behind autograd's back, which its own backward call allows for;
+        # the output of a block here may share storage with what autograd keeps.
+        deallocate_pipeline_outputs=False,
+    )

@@ -1,0 +1,164 @@
+"""DeepSpeed's ZeRO stages 1, 2 and 3 round Megatron-core's layers and schedules.
+
+Three facts decide the shape of this file:
+
+* The schedule divides the loss by the number of micro-batches, so DeepSpeed is told that there is one.
+* Gradients of which each tensor-parallel rank holds a part are summed before ZeRO reduces them: at stage 1 once
+  a step, because gradients stay whole on the rank until then (``coalesce_grad_reduction``); at stages 2 and 3 by
+  a hook on each such parameter, because every micro-batch's gradients are scattered at once.
+* Parameters are float32 and their own master copies; products run in the activations' dtype. DeepSpeed so keeps
+  its float32 path, whose accumulation is exact and whose optimizer skips a step that is not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from pretrain.config.schema import Config
+from pretrain.models.decoder import Decoder
+from pretrain.parallel.engine import MOMENTS, Engine, StepResult
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+# DeepSpeed insists on a launcher's variable even in a process started without one.
+os.environ.setdefault("LOCAL_RANK", "0")
+
+import deepspeed  # noqa: E402 (reads the environment when it is imported)
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+if not torch.cuda.is_available():
+    # Without CUDA DeepSpeed compiles a shared-memory all-reduce when it starts, which takes a minute and a
+    # compiler; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _ModelParallelUnit:
+    """Megatron-core's groups under the names that DeepSpeed asks for.
+
+    The model-parallel group spans tensor *and* pipeline ranks, or each stage would clip by its own norm; the
+    model-parallel rank is the tensor rank alone, or parameters that are replicated over tensor ranks would be
+    left out of the norm on all stages but the first.
+    """
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+
+class ZeroEngine(Engine):
+    """ZeRO 1, 2 or 3; with pipeline stages, 1."""
+
+    def __init__(self, model: Decoder, optimizer: torch.optim.AdamW, config: Config):
+        super().__init__(model, optimizer)
+        self.stage = config.parallel.zero
+        settings = {
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.optimizer.gradient_clip,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+        }
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=settings,
+            mpu=_ModelParallelUnit(),
+            dist_init_required=False,
+        )
+        if self.stage >= 2:
+            self._sum_partial_gradients_by_hook()
+            model.config.no_sync_func = self._not_the_last_micro_batch
+
+    @property
+    def model(self) -> nn.Module:
+        # DeepSpeed's own forward gathers ZeRO-3 weights and prepares the scattering of ZeRO-2 gradients; at
+        # stage 1 the bare module avoids its rescaling of every pipeline stage's output.
+        return self.decoder if self.stage == 1 else self.engine
+
+    def _sum_partial_gradients_by_hook(self) -> None:
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return
+        group = parallel_state.get_tensor_model_parallel_group()
+
+        def summed(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=group)
+            return gradient
+
+        for parameter in self.parameters.values():
+            if parameter.spec.partial_gradient:
+                parameter.register_hook(summed)
+
+    @contextlib.contextmanager
+    def _not_the_last_micro_batch(self) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.engine.set_gradient_accumulation_boundary(True)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        if self.stage >= 2:
+            yield
+            return
+        with self.engine.coalesce_grad_reduction():
+            yield
+            self.sum_partial_gradients()
+
+    def step(self, learning_rate: float) -> StepResult:
+        self.set_learning_rate(learning_rate)
+        self.engine.step()
+        norm = float(self.zero._global_grad_norm)
+        return StepResult(norm, math.isfinite(norm) and not self.zero.overflow)
+
+    def read_state(self, name: str, kind: str) -> Tensor | None:
+        parameter = self.parameters[name]
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        if not self.optimizer.state:
+            return None
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
+        for partition in self._partitions():
+            self.optimizer.state[partition] = {
+                "step": torch.tensor(float(steps)),
+                **{kind: torch.zeros_like(partition) for kind in MOMENTS},
+            }
+        # ZeRO 1 and 2 link each parameter to its piece of that state once, when it first exists.
+        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
+            self.zero._lazy_init_hp_params_optimizer_state()
+        for name, values in moments:
+            for kind in MOMENTS:
+                parameter = self.parameters[name]
+                safe_set_full_optimizer_state(parameter, values[kind].to(self.engine.device), kind)
+
+    def _partitions(self) -> list[Tensor]:
+        """Flat float32 tensors that the inner optimizer steps over on this rank."""
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        return self.zero.single_partition_of_fp32_groups

@@ -1,0 +1,173 @@
+"""The plan of a run: parameters, FLOPs, bytes per rank and the pipeline's idle share. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pretrain.config.schema import Config, check_world_size
+from pretrain.errors import InputError
+from pretrain.plan.gpus import GPUFit, fit
+from pretrain.plan.memory import BlockCost, Stage, layer_costs
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one rank of a pipeline stage holds; its tensor- and data-parallel neighbours hold as much.
+
+    Attributes:
+        stage: index of the pipeline stage.
+        layers: how many layers stand on it.
+        parameters: of this rank's part of the model, before ZeRO splits them.
+        bytes: the most that it holds at once.
+        bytes_by_part: the same, by the keys of :data:`pretrain.plan.memory.PARTS`.
+        activation_bytes: activations alone for each setting of ``train.recompute``.
+    """
+
+    stage: int
+    layers: int
+    parameters: int
+    bytes: int
+    bytes_by_part: dict[str, int]
+    activation_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    FLOPs are those of matrix products, a multiply-add as two, forward and backward for one training token.
+
+    Attributes:
+        parameters: trainable parameters of the whole model.
+        active_parameters: those that one token uses.
+        embedding_parameters: those of the embedding, which costs no FLOPs.
+        flops_per_token: useful work: products with weights, and along the sequence only pairs that may see
+            each other; backward twice the forward; nothing that is computed again. Utilisation (MFU) is
+            reckoned from this.
+        hardware_flops_per_token: what is really multiplied, with masked pairs and recomputation.
+        world_size: processes.
+        layout: parallel sizes and the ZeRO stage.
+        micro_batches: per data-parallel rank and optimizer step.
+        tokens_per_step, training_tokens: of the global batch, and of the whole run.
+        training_flops: useful work of the whole run.
+        pipeline_bubble_fraction: share of a step that a stage idles under 1F1B,
+            ``(stages - 1) / (micro_batches + stages - 1)`` (Narayanan et al. 2021, arXiv 2104.04473).
+        bytes_per_rank: the most that the heaviest rank holds at once.
+        bytes_per_rank_by_part: the same by part; the parts add up to it.
+        heaviest_stage: the pipeline stage that this rank is on.
+        stages: one entry per pipeline stage.
+        gpu: how the heaviest rank compares with a GPU; None unless one was named.
+    """
+
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    flops_per_token: float
+    hardware_flops_per_token: float
+    world_size: int
+    layout: dict[str, int | bool]
+    micro_batches: int
+    tokens_per_step: int
+    training_tokens: int
+    training_flops: float
+    pipeline_bubble_fraction: float
+    bytes_per_rank: int
+    bytes_per_rank_by_part: dict[str, int]
+    heaviest_stage: int
+    stages: list[StagePlan]
+    gpu: GPUFit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries, ready for JSON."""
+        return asdict(self)
+
+
+def model_flops_per_token(config: Config) -> float:
+    """Useful FLOPs of one training token, forward and backward; see :class:`Plan` for what counts."""
+    forward = sum(mixer.flops_per_token for layer in layer_costs(config) for mixer in layer.mixers)
+    return 3.0 * (forward + _head_flops(config))
+
+
+def hardware_flops_per_token(config: Config) -> float:
+    """FLOPs that one training token really takes, masked pairs, padding and recomputation included."""
+    mixers = [mixer for layer in layer_costs(config) for mixer in layer.mixers]
+    forward = sum(mixer.projection_flops_per_token + mixer.executed_scan_flops_per_token for mixer in mixers)
+    backward = sum(
+        2 * mixer.projection_flops_per_token + mixer.executed_scan_backward_flops_per_token for mixer in mixers
+    )
+    again = forward if config.train.recompute == "block" else 0.0
+    return forward + backward + again + 3 * _head_flops(config)
+
+
+def _head_flops(config: Config) -> float:
+    return 2.0 * config.model.vocab_size * config.model.hidden_size
+
+
+def plan(config: Config, world_size: int | None = None, gpu: str | None = None) -> Plan:
+    """Works out what a run needs, without starting anything.
+
+    Args:
+        config: the run.
+        world_size: number of processes; None: as many as the layout names (``parallel.data`` left open: one
+            data-parallel rank).
+        gpu: a name in :data:`pretrain.plan.GPUS` to compare the heaviest rank with.
+
+    Raises:
+        InputError: the number of processes does not fit the layout, or the GPU is unknown.
+    """
+    parallel, train = config.parallel, config.train
+    if world_size is None:
+        world_size = parallel.model_parallel * (parallel.data or 1)
+    problem = None if world_size > 0 else f"the number of processes must be at least 1, but is {world_size}"
+    problem = problem or check_world_size(config, world_size)
+    if problem:
+        raise InputError(problem)
+    data_size = world_size // parallel.model_parallel
+    layers = layer_costs(config)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
+    stages = [_plan_stage(config, layers, index, data_size) for index in range(parallel.pipeline)]
+    heaviest = max(stages, key=lambda stage: stage.bytes)
+    embedding = config.model.vocab_size * config.model.hidden_size
+    outside_layers = 2 * embedding + config.model.hidden_size
+    flops = model_flops_per_token(config)
+    tokens_per_step = train.global_batch_size * config.data.sequence_length
+    return Plan(
+        parameters=sum(layer.parameters for layer in layers) + outside_layers,
+        active_parameters=sum(layer.active_parameters for layer in layers) + outside_layers,
+        embedding_parameters=embedding,
+        flops_per_token=flops,
+        hardware_flops_per_token=hardware_flops_per_token(config),
+        world_size=world_size,
+        layout={
+            "tensor": parallel.tensor,
+            "sequence": parallel.sequence,
+            "pipeline": parallel.pipeline,
+            "data": data_size,
+            "zero": parallel.zero,
+        },
+        micro_batches=micro_batches,
+        tokens_per_step=tokens_per_step,
+        training_tokens=tokens_per_step * train.steps,
+        training_flops=flops * tokens_per_step * train.steps,
+        pipeline_bubble_fraction=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
+        bytes_per_rank=heaviest.bytes,
+        bytes_per_rank_by_part=heaviest.bytes_by_part,
+        heaviest_stage=heaviest.stage,
+        stages=stages,
+        gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
+    )
+
+
+def _plan_stage(config: Config, layers: list[BlockCost], index: int, data_size: int) -> StagePlan:
+    per_stage = len(layers) // config.parallel.pipeline
+    stage = Stage(config, layers[index * per_stage : (index + 1) * per_stage], index, data_size)
+    parts = stage.bytes_by_part()
+    return StagePlan(
+        stage=index,
+        layers=per_stage,
+        parameters=stage.parameters,
+        bytes=sum(parts.values()),
+        bytes_by_part=parts,
+        activation_bytes={setting: stage.activation_bytes(setting) for setting in ("none", "block")},
+    )

@@ -1,0 +1,211 @@
+"""Bytes on a rank, part by part, from the configuration alone.
+
+What the parts rest on: weights are float32 on every rank and split by tensor and pipeline parallelism, and over
+data-parallel ranks only by ZeRO-3; gradients are float32; AdamW keeps two float32 moments; ZeRO 1 and 2 keep
+another float32 copy of the partition that a rank updates. Activations are in ``train.precision``. Every figure
+is of the moment at which a rank holds most, which is either late in a backward pass or in the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config.schema import BlockConfig, Config
+from pretrain.models.registry import MixerCost, family_of
+
+FLOAT32 = 4
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+
+# DeepSpeed's defaults, in elements: its gradient bucket, and the most weights that ZeRO-3 keeps gathered and
+# updates in one piece.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+
+PARTS = {
+    "weights": "float32 weights, their own master copies",
+    "gradients": "float32 gradients",
+    "optimizer_moments": "both moments of AdamW, float32",
+    "partition_copy": "ZeRO 1 and 2: float32 copy of the weights that this rank updates",
+    "gathered_weights": "ZeRO 3: weights gathered for the layers in use",
+    "communication_buffers": "ZeRO 2 and 3: bucket of gradients on their way to their ranks",
+    "activations": "kept from the forward for the backward pass, all micro-batches in flight",
+    "logits": "float32 logits, their softmax and gradient",
+    "states": "recurrent states at the end of each layer",
+    "working": "held only while one layer runs backward: cast weights, their gradients, the layer's own",
+    "optimizer_step": "what the optimizer's step needs beyond what the backward pass has freed by then",
+}
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """A residual block: its mixers' costs, and how many norms stand before them."""
+
+    mixers: tuple[MixerCost, ...]
+    hidden_size: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(mixer.parameters + self.hidden_size for mixer in self.mixers)
+
+    @property
+    def active_parameters(self) -> int:
+        return sum(mixer.active_parameters + self.hidden_size for mixer in self.mixers)
+
+    def parameters_per_rank(self, tensor: int) -> int:
+        """Parameters on one of ``tensor`` tensor-parallel ranks."""
+        return sum(
+            (mixer.parameters - mixer.parameters_replicated) // tensor
+            + mixer.parameters_replicated
+            + self.hidden_size
+            for mixer in self.mixers
+        )
+
+    def activation_bytes_per_token(self, config: Config) -> float:
+        """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed."""
+        tensor = config.parallel.tensor
+        # Each norm keeps its input in float32; its result is kept by the projections that read it.
+        norm = self.hidden_size * (FLOAT32 + BYTES_PER_ELEMENT[config.train.precision])
+        norm /= tensor if config.parallel.sequence else 1
+        return sum(norm + mixer.activation_bytes_per_token / tensor for mixer in self.mixers)
+
+
+def block_cost(block: BlockConfig, config: Config) -> BlockCost:
+    """Costs of a block's mixers at the configuration's sequence length and precision."""
+    sections = [section for section in (block.mixer, block.channel) if section is not None]
+    return BlockCost(
+        tuple(
+            family_of(section).cost(
+                section,
+                config.model.hidden_size,
+                config.data.sequence_length,
+                BYTES_PER_ELEMENT[config.train.precision],
+                config.model.num_layers,
+            )
+            for section in sections
+        ),
+        config.model.hidden_size,
+    )
+
+
+def layer_costs(config: Config) -> list[BlockCost]:
+    """One :class:`BlockCost` for each layer of the model, in order."""
+    by_name = {name: block_cost(config.model.blocks[name], config) for name in set(config.model.layers)}
+    pattern = config.model.layers
+    return [by_name[pattern[layer % len(pattern)]] for layer in range(config.model.num_layers)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage on one rank: its layers, its place, and the batch that it sees."""
+
+    config: Config
+    layers: list[BlockCost]
+    index: int
+    data_size: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.config.parallel.pipeline - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.config.train.micro_batch_size * self.config.data.sequence_length
+
+    @property
+    def micro_batches_in_flight(self) -> int:
+        """Micro-batches whose activations 1F1B keeps at once (Narayanan et al. 2021, arXiv 2104.04473)."""
+        train = self.config.train
+        micro_batches = train.global_batch_size // (train.micro_batch_size * self.data_size)
+        return min(micro_batches, self.config.parallel.pipeline - self.index)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.config.model.vocab_size * self.config.model.hidden_size // self.config.parallel.tensor
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of this rank's part of the model, before ZeRO splits anything."""
+        total = sum(layer.parameters_per_rank(self.config.parallel.tensor) for layer in self.layers)
+        if self.index == 0:
+            total += self.head_parameters
+        if self.is_last:
+            total += self.head_parameters + self.config.model.hidden_size
+        return total
+
+    def activation_bytes(self, recompute: str) -> int:
+        """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
+        parallel, hidden_size = self.config.parallel, self.config.model.hidden_size
+        element = BYTES_PER_ELEMENT[self.config.train.precision]
+        split = parallel.tensor if parallel.sequence else 1
+        whole = [layer.activation_bytes_per_token(self.config) for layer in self.layers]
+        if recompute == "block":
+            # Every block keeps its input; the one that runs backward has all of its own again.
+            per_token = self.micro_batches_in_flight * len(self.layers) * hidden_size * element / split
+            per_token += max(whole)
+        else:
+            per_token = self.micro_batches_in_flight * sum(whole)
+        if self.is_last:
+            per_token += hidden_size * (FLOAT32 + element) / split
+        return int(self.tokens * per_token)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of each of :data:`PARTS` on this rank; their sum is the most it holds at once."""
+        zero, parameters = self.config.parallel.zero, self.parameters
+        partition = -(-parameters // self.data_size)
+        bucket = min(REDUCE_BUCKET, parameters) if self.data_size > 1 else 0
+        elements = {
+            "weights": partition if zero == 3 else parameters,
+            "gradients": partition if zero >= 2 else parameters,
+            "optimizer_moments": 2 * (partition if zero else parameters),
+            "partition_copy": partition if zero in (1, 2) else 0,
+            "gathered_weights": min(parameters, LIVE_PARAMETERS) if zero == 3 else 0,
+            "communication_buffers": bucket if zero >= 2 else 0,
+        }
+        parts = {name: count * FLOAT32 for name, count in elements.items()}
+        backward = {
+            "activations": self.activation_bytes(self.config.train.recompute),
+            "logits": self._logit_bytes() if self.is_last else 0,
+            "states": self._state_bytes(),
+            "working": self._working_bytes(),
+        }
+        parts.update(backward)
+        parts["optimizer_step"] = max(0, self._optimizer_step_bytes(partition, bucket) - sum(backward.values()))
+        return parts
+
+    def _logit_bytes(self) -> int:
+        per_token = self.config.model.vocab_size / self.config.parallel.tensor
+        if self.config.model.output_logit_soft_cap is None:
+            copies = FLOAT32 + BYTES_PER_ELEMENT[self.config.train.precision]
+        else:
+            # tanh's result, and the gradient before and after it, of which one took the softmax's place.
+            copies = 3 * FLOAT32
+        return int(self.tokens * per_token * copies)
+
+    def _state_bytes(self) -> int:
+        states = sum(mixer.state_bytes for layer in self.layers for mixer in layer.mixers)
+        return states * self.config.train.micro_batch_size // self.config.parallel.tensor
+
+    def _working_bytes(self) -> int:
+        """Of the layer, or of the head, that needs most."""
+        tensor, element = self.config.parallel.tensor, BYTES_PER_ELEMENT[self.config.train.precision]
+        weight = element if element != FLOAT32 else 0
+        # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
+        per_parameter = 2 * weight + FLOAT32
+        needed = [
+            mixer.working_bytes_per_token / tensor * self.tokens + per_parameter * mixer.parameters / tensor
+            for layer in self.layers
+            for mixer in layer.mixers
+        ]
+        if self.is_last:
+            needed.append(per_parameter * self.head_parameters)
+        return int(max(needed))
+
+    def _optimizer_step_bytes(self, partition: int, bucket: int) -> int:
+        """AdamW's square roots beside what brings gradients into place for it."""
+        zero = self.config.parallel.zero
+        if zero == 0:
+            return FLOAT32 * self.parameters
+        if zero == 3:
+            return FLOAT32 * min(partition, LIVE_PARAMETERS)
+        return FLOAT32 * max(2 * partition, bucket if zero == 1 else 0)

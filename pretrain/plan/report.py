@@ -1,0 +1,102 @@
+"""A plan as tables in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.plan.estimate import Plan
+from pretrain.plan.gpus import USABLE_FRACTION
+from pretrain.plan.memory import PARTS
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the binary unit that keeps the number short, for instance ``27.50 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def format_count(count: float) -> str:
+    """A count with a decimal prefix, for instance ``41.3 G``."""
+    for prefix in ("", "K", "M", "G", "T", "P", "E"):
+        if abs(count) < 1000:
+            return f"{count:.4g} {prefix}".rstrip()
+        count /= 1000
+    return f"{count:.4g} Z"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints what the run needs, what the heaviest rank holds, and whether it fits the GPU that was named."""
+    console.print(_overview(plan))
+    console.print(_memory(plan))
+    if len(plan.stages) > 1:
+        console.print(_stages(plan))
+    if plan.gpu is not None:
+        gpu = plan.gpu
+        verdict = "[green]fits[/green]" if gpu.fits else "[red]does not fit[/red]"
+        console.print(
+            f"{format_bytes(plan.bytes_per_rank)} a rank {verdict} {gpu.name}: {format_bytes(gpu.usable_bytes)} "
+            f"usable ({USABLE_FRACTION:.0%} of {format_bytes(gpu.memory_bytes)})."
+        )
+
+
+def _overview(plan: Plan) -> Table:
+    table = Table(title="Run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    layout = ", ".join(f"{name} {value}" for name, value in plan.layout.items())
+    rows = {
+        "parameters": f"{plan.parameters:,}",
+        "active parameters": f"{plan.active_parameters:,}",
+        "useful FLOPs per training token": format_count(plan.flops_per_token),
+        "executed FLOPs per training token": format_count(plan.hardware_flops_per_token),
+        "tokens per step": f"{plan.tokens_per_step:,}",
+        "tokens of the run": format_count(plan.training_tokens),
+        "useful FLOPs of the run": format_count(plan.training_flops),
+        "processes": f"{plan.world_size:,}",
+        "layout": layout,
+        "micro-batches per step and rank": f"{plan.micro_batches:,}",
+        "pipeline bubble": f"{plan.pipeline_bubble_fraction:.1%}",
+    }
+    if plan.gpu is not None:
+        peak = plan.gpu.peak_flops_per_second * plan.world_size
+        rows["peak rate of all GPUs"] = f"{format_count(peak)}FLOP/s bf16"
+        rows["tokens per second at peak rate"] = format_count(plan.gpu.tokens_per_second_at_peak)
+        rows["days at peak rate"] = f"{plan.training_flops / peak / 86400:.3g}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    where = f", on pipeline stage {plan.heaviest_stage}" if len(plan.stages) > 1 else ""
+    table = Table(title=f"Memory of the heaviest rank{where}", title_justify="left", show_footer=True)
+    table.add_column("part", footer="together")
+    table.add_column("bytes", justify="right", footer=format_bytes(plan.bytes_per_rank))
+    table.add_column("what it is")
+    for name, count in plan.bytes_per_rank_by_part.items():
+        if count:
+            table.add_row(name.replace("_", " "), format_bytes(count), PARTS[name])
+    heaviest = plan.stages[plan.heaviest_stage]
+    for setting, count in heaviest.activation_bytes.items():
+        table.add_row(f"[dim]train.recompute={setting}[/dim]", f"[dim]({format_bytes(count)})[/dim]", "[dim]"
+                      "activations under this setting; not added up here[/dim]")  # fmt: skip
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table(title="Pipeline stages", title_justify="left")
+    for heading in ("stage", "layers", "parameters", "activations", "together"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            str(stage.stage),
+            str(stage.layers),
+            f"{stage.parameters:,}",
+            format_bytes(stage.bytes_by_part["activations"]),
+            format_bytes(stage.bytes),
+        )
+    return table

@@ -1,0 +1,60 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config.schema import Config
+from pretrain.errors import TrainingError
+from pretrain.parallel.agreement import any_rank
+from pretrain.signals import StopRequest
+from pretrain.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: steps that are done.
+        stopped_by_signal: whether a signal ended it early, its state saved.
+    """
+
+    step: int
+    stopped_by_signal: bool
+
+
+def _is_due(every: int, step: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(config: Config, resume: str = "auto") -> Outcome:
+    """Trains until ``train.steps`` or a signal; saves at the end either way.
+
+    Raises:
+        InputError, DataError: what was given does not fit together.
+        TrainingError: too many steps in a row had no finite gradient, or a checkpoint could not be written.
+    """
+    trainer = Trainer(config, resume)
+    settings, position = config.train, trainer.position
+    with StopRequest() as stop, trainer.observer as observer:
+        if position.step >= settings.steps:
+            observer.message(f"nothing to do: the run has all of its {settings.steps} steps")
+        while position.step < settings.steps:
+            trainer.train_step()
+            stopping = any_rank(stop.received is not None, trainer.topology.device)
+            diverged = position.skipped_in_a_row >= settings.max_skipped_steps
+            if _is_due(settings.evaluate_every, position.step, settings.steps) and not (stopping or diverged):
+                trainer.evaluate()
+            if _is_due(settings.checkpoint_every, position.step, settings.steps) or stopping or diverged:
+                trainer.save()
+            if diverged:
+                raise TrainingError(
+                    f"{position.skipped_in_a_row} steps in a row had no finite gradient "
+                    f"(train.max_skipped_steps={settings.max_skipped_steps}); the state at step {position.step} "
+                    f"is saved in {trainer.run.checkpoints}: lower optimizer.learning_rate or look at the data"
+                )
+            if stopping and position.step < settings.steps:
+                observer.message(f"stopped by a signal after step {position.step}; --resume auto goes on")
+                return Outcome(position.step, stopped_by_signal=True)
+    return Outcome(position.step, stopped_by_signal=False)

@@ -1,0 +1,165 @@
+"""One run: what the loop needs, opened in the order in which it can fail, and what a step of it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.dataset import Data, open_data
+from data.order import rank_share
+from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.training import (
+    TrainingPosition,
+    read_moments,
+    read_position,
+    restore_random_state,
+    save_training,
+)
+from pretrain.config.schema import Config
+from pretrain.errors import InputError
+from pretrain.evaluate.held_out import HeldOutLoss, evaluate_held_out
+from pretrain.models.loading import read_weights
+from pretrain.models.parameters import initialise_weights
+from pretrain.observe.observer import Observer
+from pretrain.observe.run_directory import RunDirectory
+from pretrain.optimizer.learning_rate import learning_rate
+from pretrain.parallel.agreement import on_main_rank
+from pretrain.parallel.build import build_engine, build_model
+from pretrain.parallel.engine import Engine, StepResult
+from pretrain.parallel.schedule import BatchLoss, run_schedule
+from pretrain.parallel.topology import Topology, build_topology
+
+
+class Trainer:
+    """One run on this rank: everything that the loop needs, built in the order in which it can fail."""
+
+    def __init__(self, config: Config, resume: str = "auto"):
+        """Opens the run.
+
+        Args:
+            resume: ``auto`` goes on from the newest complete checkpoint, if any; ``never`` starts anew; any
+                other text is the path of a checkpoint to start from.
+
+        Raises:
+            InputError, DataError: what was given does not fit together; nothing has been computed yet.
+        """
+        self.config = config
+        self.topology: Topology = build_topology(config)
+        self.run = RunDirectory(Path(config.run.directory))
+        # Rank 0 opens the data first, so that the others find it in the cache.
+        on_main_rank(lambda: self._open_data() and None)
+        self.data: Data = self._open_data()
+        changed = on_main_rank(lambda: self.run.prepare(config, resume))
+        start_from = on_main_rank(lambda: self._choose_checkpoint(resume))
+
+        model = build_model(config)
+        if start_from is None:
+            initialise_weights(model, config.train.seed)
+            self.position, self.resumed_from = TrainingPosition(), None
+            self.engine: Engine = build_engine(model, config, self.topology)
+        else:
+            with CheckpointReader(start_from) as reader:
+                self._resume(model, reader)
+        self.observer = Observer(config, self.run, self.position.step, self.topology.is_main)
+        self._announce(start_from, changed)
+
+    def _open_data(self) -> Data:
+        if not hasattr(self, "data"):
+            self.data = open_data(self.config.data, self.config.train.seed)
+            needed, given = self.data.tokenizer.vocab_size, self.config.model.vocab_size
+            if needed > given:
+                raise InputError(
+                    f"model.vocab_size={given} is smaller than the vocabulary of data.tokenizer, which has "
+                    f"{needed} ids; set model.vocab_size to at least {-(-needed // 8) * 8}"
+                )
+        return self.data
+
+    def _choose_checkpoint(self, resume: str) -> Path | None:
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return newest_checkpoint(self.run.checkpoints, verify_checksums=True)
+        return resolve_checkpoint(Path(resume))
+
+    def _resume(self, model: object, reader: CheckpointReader) -> None:
+        self.position = read_position(reader)
+        self.resumed_from = self.position.step
+        stored = reader.state["data_fingerprint"]
+        if stored != self.data.fingerprint:
+            raise InputError(
+                f"{reader.path}: was trained on other data than this configuration gives (source files, "
+                f"tokenizer, data.sequence_length or train.seed differ), so the order of samples cannot go on; "
+                f"restore them, or start anew in another run.directory"
+            )
+        read_weights(model, reader)
+        restore_random_state(reader)
+        self.engine = build_engine(model, self.config, self.topology)
+        if self.position.updates > 0:
+            self.engine.write_moments(read_moments(reader, self.engine), self.position.updates)
+
+    def _announce(self, start_from: Path | None, changed: dict[str, tuple]) -> None:
+        summary, steps = self.data.summary, self.config.train.steps
+        for key, (before, now) in (changed or {}).items():
+            self.observer.message(f"changed since the run began: {key} {before} -> {now}")
+        self.observer.message(
+            f"{summary.train.counts.tokens:,} training tokens in {summary.train.counts.documents:,} documents, "
+            f"{summary.held_out.counts.tokens:,} held out"
+        )
+        if start_from is not None:
+            self.observer.message(f"resumed from {start_from} at step {self.position.step} of {steps}")
+
+    def train_step(self) -> None:
+        """Reads the next global batch, updates the weights, and moves the position on."""
+        config, topology, position = self.config, self.topology, self.position
+        self.observer.start_step()
+        indices = range(position.samples, position.samples + config.train.global_batch_size)
+        shares = rank_share(indices, config.train.micro_batch_size, topology.data_rank, topology.data_size)
+        micro_batches = [self.data.train.batch(share) for share in shares]
+        with self.engine.accumulate():
+            loss: BatchLoss = run_schedule(
+                self.engine.model, self.engine.decoder, micro_batches, topology.device, train=True
+            )
+        rate = learning_rate(config, position.step)
+        result: StepResult = self.engine.step(rate)
+
+        tokens = len(indices) * config.data.sequence_length
+        position.step += 1
+        position.samples += len(indices)
+        position.tokens += tokens
+        position.skipped_steps += not result.applied
+        position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
+        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens)
+        if not result.applied:
+            self.observer.message(
+                f"step {position.step}: the gradient is not finite; the step was skipped "
+                f"({position.skipped_steps} so far, {position.skipped_in_a_row} in a row)"
+            )
+
+    def evaluate(self) -> HeldOutLoss:
+        """Loss on held-out samples, recorded with the last step."""
+        loss = evaluate_held_out(
+            self.engine.model,
+            self.engine.decoder,
+            self.data.held_out,
+            self.config.train.evaluate_samples,
+            self.config.train.micro_batch_size,
+            self.topology,
+        )
+        self.observer.evaluated(self.position.step, loss)
+        return loss
+
+    def save(self) -> None:
+        """Writes a checkpoint and removes those that ``keep_last`` and ``keep_every`` do not keep."""
+        self.observer.flush()
+        path = save_training(
+            self.run.checkpoints,
+            self.engine,
+            self.topology,
+            self.config,
+            self.position,
+            self.data.fingerprint,
+            self.resumed_from,
+        )
+        train = self.config.train
+        on_main_rank(lambda: prune_checkpoints(self.run.checkpoints, train.keep_last, train.keep_every) and None)
+        self.observer.message(f"saved {path}")

@@ -1,0 +1,31 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import os
+
+# One thread a process: the tests run several processes on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests.workers import WorkerPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """``worker_pools(world_size)``: the shared pool of that many processes."""
+    pools: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        if world_size not in pools or not pools[world_size].is_alive:
+            pools[world_size] = WorkerPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for running in pools.values():
+        if running.is_alive:
+            running.close()

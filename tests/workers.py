@@ -1,0 +1,98 @@
+"""A pool of processes joined by gloo, kept for the whole test run: importing torch, Megatron-core and DeepSpeed
+takes seconds, so distributed tests share processes and rebuild only their groups."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# Longer than any program takes here; what is slower hangs.
+SECONDS_TO_ANSWER = 240
+
+
+class WorkerError(AssertionError):
+    """A program failed, or did not answer, on some rank."""
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, requests: Connection) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    while (request := requests.recv()) is not None:
+        module, function, arguments = request
+        try:
+            answer = (True, getattr(importlib.import_module(module), function)(**arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        requests.send(answer)
+    dist.destroy_process_group()
+
+
+class WorkerPool:
+    """``world_size`` processes; :meth:`run` calls one function on all of them."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.directory = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        rendezvous = str(Path(self.directory.name) / "rendezvous")
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, module: str, function: str, **arguments: Any) -> list[Any]:
+        """What ``module.function(**arguments)`` returned on each rank.
+
+        Raises:
+            WorkerError: with the traceback of the ranks that failed.
+        """
+        for connection in self.connections:
+            connection.send((module, function, arguments))
+        answers, failures = [], []
+        for rank, connection in enumerate(self.connections):
+            # After one rank has failed, the others may wait for it for ever.
+            if not connection.poll(10 if failures else SECONDS_TO_ANSWER):
+                failures.append(f"rank {rank} did not answer")
+                continue
+            try:
+                succeeded, answer = connection.recv()
+            except EOFError:
+                succeeded, answer = False, "the process died"
+            answers.append(answer)
+            if not succeeded:
+                failures.append(f"rank {rank}: {answer}")
+        if failures:
+            self.close(kill=True)
+            raise WorkerError("\n".join(failures))
+        return answers
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def close(self, kill: bool = False) -> None:
+        """Ends the processes."""
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                connection.send(None)
+            process.join(timeout=20)
+            connection.close()
+        self.connections, self.processes = [], []
+        self.directory.cleanup()
