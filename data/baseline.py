@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,10 @@ _CHUNK_SAMPLES = 64
 
 
 def bigram_bits_per_byte(
-    train: PackedSamples, held_out: PackedSamples, training_tokens: int = DEFAULT_TRAINING_TOKENS
+    train: PackedSamples,
+    held_out: PackedSamples,
+    training_tokens: int = DEFAULT_TRAINING_TOKENS,
+    held_out_indices: Sequence[int] | None = None,
 ) -> float:
     """Bits per raw byte of a bigram model on the held-out split, fitted on the training split.
 
@@ -27,7 +31,8 @@ def bigram_bits_per_byte(
     after a context never seen. It is scored on exactly the labels that a model is scored on, boundary marks
     included, the input token at the same position being the context.
 
-    Fits on at most the first ``training_tokens`` stored tokens. Raises ``DataError`` for a vocabulary above
+    Fits on at most the first ``training_tokens`` stored tokens; scores the samples ``held_out_indices``, or all.
+    Raises ``DataError`` for a vocabulary above
     ``LARGEST_VOCABULARY``, whose table of pairs would not fit, and for labels that stand for no bytes.
     """
     vocab_size = len(train.token_byte_lengths)
@@ -39,8 +44,9 @@ def bigram_bits_per_byte(
     pair_bits = _bigram_bits(count_pairs(train.documents.tokens[:training_tokens], vocab_size))
     bits = 0.0
     label_bytes = 0
-    for first in range(0, held_out.samples_per_epoch, _CHUNK_SAMPLES):
-        batch = held_out.batch(range(first, min(first + _CHUNK_SAMPLES, held_out.samples_per_epoch)))
+    indices = range(held_out.samples_per_epoch) if held_out_indices is None else held_out_indices
+    for first in range(0, len(indices), _CHUNK_SAMPLES):
+        batch = held_out.batch(indices[first : first + _CHUNK_SAMPLES])
         labels = batch.labels.numpy()
         scored = labels != IGNORED_LABEL
         bits += float(pair_bits[batch.tokens.numpy()[scored], labels[scored]].sum())

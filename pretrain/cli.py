@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: the newest complete checkpoint, if any; never: start anew; or a checkpoint's path")
+        str, typer.Option(help="auto: the newest complete checkpoint, if any; never: start anew; or a path")
     ] = "auto",
 ) -> None:
     """Train. Under torchrun: torchrun --nproc-per-node N -m pretrain train CONFIG."""
@@ -84,13 +85,16 @@ def plan(
 ) -> None:
     """Parameters, FLOPs and bytes per rank of a configuration; needs no GPU and no torch."""
     from pretrain.config import load_config
-    from pretrain.plan import plan_run, print_plan
+    from pretrain.plan import plan as make_plan
+    from pretrain.plan import print_plan
 
-    planned = plan_run(load_config(config, overrides or ()), world_size=gpus, gpu=gpu)
+    planned = make_plan(load_config(config, overrides or ()), world_size=gpus, gpu=gpu)
     if as_json:
         typer.echo(json.dumps(planned.to_dict(), indent=2))
     else:
-        print_plan(planned)
+        from rich.console import Console
+
+        print_plan(planned, Console())
 
 
 @app.command()
@@ -216,6 +220,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Runs a command and turns what it raises into a sentence and an exit code."""
+    # Megatron-core warns, each time it is imported, of optional packages that nothing here needs.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     try:
         code = app(standalone_mode=False) or EXIT_DONE
     except click.exceptions.Exit as exit_request:

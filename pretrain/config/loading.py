@@ -150,23 +150,25 @@ def _keys_in(location: Sequence[Any], raw: Any) -> list[Any]:
 
 def _known_keys(model: Any, keys: Sequence[Any]) -> list[str]:
     """Keys that a section may have; where several kinds may stand there, all of theirs."""
-    models = [model]
+    annotations = [model]
     for key in keys:
-        inner: list[Any] = []
-        for candidate in models:
-            if isinstance(candidate, type) and issubclass(candidate, pydantic.BaseModel):
-                field = candidate.model_fields.get(key)
-                inner += _models_in(field.annotation) if field else []
-            else:
-                inner += _models_in(candidate)
-        models = inner
-    return sorted({name for found in models if hasattr(found, "model_fields") for name in found.model_fields})
+        annotations = [inner for outer in annotations for kind in _kinds(outer) for inner in _below(kind, key)]
+    kinds = [kind for annotation in annotations for kind in _kinds(annotation)]
+    return sorted({name for kind in kinds for name in getattr(kind, "model_fields", ())})
 
 
-def _models_in(annotation: Any) -> list[Any]:
+def _kinds(annotation: Any) -> list[Any]:
+    """The sections, mappings and lists among what an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is dict:
-        return [arguments[1]]
-    return [found for argument in arguments for found in _models_in(argument)]
+    if typing.get_origin(annotation) in (dict, list):
+        return [annotation]
+    return [kind for argument in typing.get_args(annotation) for kind in _kinds(argument)]
+
+
+def _below(kind: Any, key: Any) -> list[Any]:
+    """The annotation of what stands under ``key`` in a section, a mapping or a list."""
+    if typing.get_origin(kind) in (dict, list):
+        return [typing.get_args(kind)[-1]]
+    field = kind.model_fields.get(key)
+    return [field.annotation] if field else []

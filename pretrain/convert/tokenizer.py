@@ -38,8 +38,7 @@ def write_tokenizer(config: TokenizerConfig, tokenizer: Tokenizer, directory: Pa
         directory: where the files go.
 
     Raises:
-        InputError: this kind of tokenizer has no Hugging Face form here.
-        RuntimeError: what was written encodes or decodes otherwise than ``tokenizer``.
+        InputError: this kind of tokenizer has no Hugging Face form here, or encodes or decodes otherwise there.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -84,8 +83,13 @@ def _library_tokenizer(path: str) -> tokenizers.Tokenizer:
     local = Path(path).expanduser()
     file = local / "tokenizer.json" if local.is_dir() else local
     if file.is_file():
-        return tokenizers.Tokenizer.from_file(str(file))
-    return tokenizers.Tokenizer.from_pretrained(path)
+        library = tokenizers.Tokenizer.from_file(str(file))
+    else:
+        library = tokenizers.Tokenizer.from_pretrained(path)
+    # Not used in training either: they would lose or invent text.
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 def _check(directory: Path, tokenizer: Tokenizer) -> None:
@@ -100,10 +104,8 @@ def _check(directory: Path, tokenizer: Tokenizer) -> None:
     for text in _SAMPLES:
         ids = tokenizer.encode(text).tolist()
         found = written.encode(text, add_special_tokens=False)
-        if found != ids:
-            raise RuntimeError(f"the exported tokenizer gives {text!r} the ids {found}, the run's gives {ids}")
-        if written.decode(ids) != tokenizer.decode_text(ids):
-            raise RuntimeError(
-                f"the exported tokenizer decodes {ids} to {written.decode(ids)!r}, the run's to "
-                f"{tokenizer.decode_text(ids)!r}"
+        if found != ids or written.decode(ids) != tokenizer.decode_text(ids):
+            raise InputError(
+                f"the run's tokenizer cannot be exported: transformers gives {text!r} the ids {found} and decodes "
+                f"the run's ids {ids} to {written.decode(ids)!r}"
             )

@@ -9,7 +9,6 @@ from data.baseline import LARGEST_VOCABULARY, bigram_bits_per_byte
 from data.dataset import open_data
 from pretrain.evaluate.held_out import evaluate_held_out, held_out_indices
 from pretrain.models.loading import load_decoder
-from pretrain.parallel.topology import build_topology
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def evaluate_checkpoint(source: Path, samples: int) -> Evaluation:
         data.held_out,
         samples,
         loaded.config.train.micro_batch_size,
-        build_topology(loaded.config),
+        loaded.topology,
     )
     bigram = None
     if data.tokenizer.vocab_size <= LARGEST_VOCABULARY:

@@ -14,7 +14,7 @@ from pretrain.config import Config, parse_config
 from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
 from pretrain.models.parameters import declared_parameters, full_shape
-from pretrain.parallel.topology import build_topology, megatron_config
+from pretrain.parallel.topology import Topology, build_topology, megatron_config
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class LoadedModel:
         config: of its run, but laid out for one process and computing in float32.
         step: optimizer steps that it was trained for.
         checkpoint: the directory that it was read from.
+        topology: where this process stands: alone.
     """
 
     decoder: Decoder
     config: Config
     step: int
     checkpoint: Path
+    topology: Topology
 
 
 def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
@@ -56,7 +58,7 @@ def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
         decoder = Decoder(config.model, megatron_config(config))
         read_weights(decoder, reader)
         decoder = decoder.to(topology.device).eval().requires_grad_(False)
-        return LoadedModel(decoder, config, reader.step, checkpoint)
+        return LoadedModel(decoder, config, reader.step, checkpoint, topology)
 
 
 def _in_one_process(reader: CheckpointReader, device: str) -> Config:

@@ -31,7 +31,17 @@ ROOT = Path(__file__).parent
 class StrictModel(pydantic.BaseModel):
     """Base of every configuration section: unknown keys are refused and values are not changed later."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_booleans(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        # Python, and so pydantic, would read true as 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        allowed = {annotation, *typing.get_args(annotation)}
+        if isinstance(value, bool) and bool not in allowed and allowed & {int, float}:
+            raise ValueError(f"must be a number, but is {str(value).lower()}")
+        return value
 
 
 class MixerConfig(StrictModel):

@@ -34,8 +34,8 @@ class Progress:
     Args:
         total_steps: steps of the whole run.
         start_step: steps that were done before this start.
-        log_every: steps between two lines of text where there is no terminal; the first step, the last one
-            and skipped ones are always printed.
+        log_every: steps between two lines of text where there is no terminal; the first step, the last one,
+            evaluated and skipped ones are always printed.
         stream: where to write; standard output unless given.
         clock: seconds that only go forward; for tests.
     """
@@ -101,6 +101,8 @@ class Progress:
         line = f"step {step}/{self._total}  held-out loss {loss:.4f}"
         if bits_per_byte is not None:
             line += f"  bits/byte {bits_per_byte:.4f}"
+        # The training loss of the same step belongs above it, due or not.
+        self._print_pending()
         self._print(line)
 
     def message(self, text: str) -> None:
@@ -109,9 +111,7 @@ class Progress:
 
     def close(self) -> None:
         """Show the last step that was not shown yet, and leave the terminal as it was. May be called twice."""
-        if self._pending is not None:
-            self._print(self._pending)
-            self._pending = None
+        self._print_pending()
         if self._bar is not None:
             self._bar.refresh()
             self._bar.stop()
@@ -122,6 +122,11 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _print_pending(self) -> None:
+        if self._pending is not None:
+            self._print(self._pending)
+            self._pending = None
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

@@ -62,7 +62,7 @@ class Engine(ABC):
 
     @abstractmethod
     def read_state(self, name: str, kind: str) -> Tensor | None:
-        """This rank's slice of a parameter (``weight``) or of a moment; None before the first step.
+        """This rank's slice of a parameter (``weight``) or of a moment; None where there is no moment yet.
 
         Collective over the data-parallel group: every rank of it must call in the same order.
         """

@@ -88,6 +88,7 @@ class ZeroEngine(Engine):
             mpu=_ModelParallelUnit(),
             dist_init_required=False,
         )
+        self._create_moments(steps=0)
         if self.stage >= 2:
             self._sum_partial_gradients_by_hook()
             model.config.no_sync_func = self._not_the_last_micro_batch
@@ -139,19 +140,25 @@ class ZeroEngine(Engine):
         parameter = self.parameters[name]
         if kind == "weight":
             return safe_get_full_fp32_param(parameter)
-        if not self.optimizer.state:
-            return None
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
+    def _create_moments(self, steps: int) -> None:
+        """Makes AdamW's state before its first step, as that step would.
+
+        ZeRO 1 and 2 link every parameter to its piece of that state once, after the first parameter group's
+        first step, and would miss the groups behind it.
+        """
         for partition in self._partitions():
             self.optimizer.state[partition] = {
                 "step": torch.tensor(float(steps)),
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
-        # ZeRO 1 and 2 link each parameter to its piece of that state once, when it first exists.
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._lazy_init_hp_params_optimizer_state()
+
+    def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(float(steps))
         for name, values in moments:
             for kind in MOMENTS:
                 parameter = self.parameters[name]

@@ -82,6 +82,18 @@ def test_a_skipped_step_is_always_shown() -> None:
     assert "SKIPPED" in stream.getvalue().splitlines()[1] and "SKIPPED" not in stream.getvalue().splitlines()[0]
 
 
+def test_an_evaluated_step_shows_its_training_loss_first() -> None:
+    progress, stream = plain(50, every=20)
+    for step in range(1, 6):
+        progress.update(step, {"loss": 2.0})
+    progress.evaluation(5, 2.5)
+    progress.close()
+    first, training, held_out = (line.split("  ") for line in stream.getvalue().splitlines())
+    assert first[0] == "step 1/50"
+    assert training[:2] == ["step 5/50", "loss 2.0000"]
+    assert held_out == ["step 5/50", "held-out loss 2.5000"]
+
+
 def test_time_left_follows_the_latest_steps() -> None:
     times = iter([0.0, 1000.0, *(1000.0 + step for step in range(1, 200))])
     stream = io.StringIO()
