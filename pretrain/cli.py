@@ -197,11 +197,12 @@ def checkpoint_verify(source: RunOrCheckpoint) -> None:
 @bench_app.command("train")
 def bench_train(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
 ) -> None:
     """Tokens/s of forward and backward beside the xlstm package and the machine's own matrix products."""
     from pretrain.bench.train import print_bench_train
 
-    print_bench_train(rounds)
+    print_bench_train(rounds, as_json)
 
 
 @bench_app.command("kernels")

@@ -43,9 +43,7 @@ def generate_text(
         raise InputError(f"the tokenizer of {loaded.checkpoint} cannot be opened: {error}") from error
     # A prompt from the command line may hold bytes that are not UTF-8; they are kept as they are.
     encoded = [prompt.encode("utf-8", errors="surrogateescape") for prompt in prompts]
-    texts = generate(
-        loaded.decoder, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed
-    )
+    texts = generate(loaded.decoder, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
     return [text.decode("utf-8", errors="replace") for text in texts]
 
 
@@ -90,7 +88,11 @@ def generate(
         generators = [_generator(seed, row) for row in range(len(prompts))]
         while True:
             drawn = _draw(
-                logits[:, : tokenizer.vocab_size], temperature, top_k, top_p, [generators[row] for row in rows]
+                logits[:, : tokenizer.vocab_size],
+                temperature,
+                top_k,
+                top_p,
+                [generators[row] for row in rows],
             )
             going_on = []
             for position, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
@@ -159,9 +161,7 @@ def _read_prompts(model: Decoder, encoded: list[list[int]]) -> tuple[list[int], 
 
 
 def _select_rows(states: dict[str, State], rows: list[int]) -> dict[str, State]:
-    return {
-        layer: {name: tensor[rows] for name, tensor in state.items()} for layer, state in states.items()
-    }
+    return {layer: {name: tensor[rows] for name, tensor in state.items()} for layer, state in states.items()}
 
 
 def _generator(seed: int, row: int) -> Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from pretrain.config.schema import Config
@@ -37,7 +38,7 @@ def train(config: Config, resume: str = "auto") -> Outcome:
     """
     trainer = Trainer(config, resume)
     settings, position = config.train, trainer.position
-    with StopRequest() as stop, trainer.observer as observer:
+    with StopRequest() as stop, contextlib.closing(trainer), trainer.observer as observer:
         if position.step >= settings.steps:
             observer.message(f"nothing to do: the run has all of its {settings.steps} steps")
         while position.step < settings.steps:

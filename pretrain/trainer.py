@@ -46,6 +46,14 @@ class Trainer:
         self.config = config
         self.topology: Topology = build_topology(config)
         self.run = RunDirectory(Path(config.run.directory))
+        try:
+            self._open(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resume: str) -> None:
+        config = self.config
         # Rank 0 opens the data first, so that the others find it in the cache.
         on_main_rank(lambda: self._open_data() and None)
         self.data: Data = self._open_data()
@@ -61,6 +69,7 @@ class Trainer:
             with CheckpointReader(start_from) as reader:
                 self._resume(model, reader)
         self.observer = Observer(config, self.run, self.position.step, self.topology.is_main)
+        on_main_rank(self.observer.open)
         self._announce(start_from, changed)
 
     def _open_data(self) -> Data:
@@ -108,6 +117,10 @@ class Trainer:
         if start_from is not None:
             self.observer.message(f"resumed from {start_from} at step {self.position.step} of {steps}")
 
+    def close(self) -> None:
+        """Lets another job have the run directory."""
+        self.run.release()
+
     def train_step(self) -> None:
         """Reads the next global batch, updates the weights, and moves the position on."""
         config, topology, position = self.config, self.topology, self.position
@@ -150,7 +163,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint and removes those that ``keep_last`` and ``keep_every`` do not keep."""
-        self.observer.flush()
+        self.observer.sync()
         path = save_training(
             self.run.checkpoints,
             self.engine,

@@ -88,6 +88,7 @@ def export_model(path: Path, output: Path, *, max_shard_size: str | int = MAX_SH
     """
     output = Path(output)
     _check_output(output)
+    output = output.resolve()
     loaded = load_decoder(path)
     model = loaded.config.model
     native = _native_class(model)

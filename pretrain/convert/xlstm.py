@@ -87,7 +87,8 @@ def config_fields(model: ModelConfig) -> dict[str, Any]:
     for name in sorted(set(model.layers)):
         for part, config in _parts(model.blocks[name]):
             here = f"model.blocks.{name}.{part}"
-            for key, value in family_of(config).hugging_face.FIELDS[MODEL_TYPE](config, model.hidden_size).items():
+            declared = family_of(config).hugging_face.FIELDS[MODEL_TYPE](config, model.hidden_size)
+            for key, value in declared.items():
                 if fields.setdefault(key, value) != value:
                     raise InputError(
                         f"{ARCHITECTURE} has one {key} for the whole model, but {origin[key]} needs {fields[key]} "

@@ -26,10 +26,11 @@ def no_initialisation(tensor: Tensor) -> Tensor:
 def _multiply(linear: Callable[..., Tensor], build_weight: Callable[[], Tensor]) -> Tensor:
     """Runs ``linear(weight)`` so that the weight is built again, not stored, for the backward pass."""
     weight = build_weight()
+    # Not the weight itself: the hook lives as long as the graph and would keep it alive.
+    pointer, shape = weight.data_ptr(), weight.shape
 
     def pack(saved: Tensor) -> Tensor | None:
-        is_weight = saved.data_ptr() == weight.data_ptr() and saved.shape == weight.shape
-        return None if is_weight else saved
+        return None if saved.data_ptr() == pointer and saved.shape == shape else saved
 
     def unpack(saved: Tensor | None) -> Tensor:
         if saved is not None:

@@ -24,17 +24,24 @@ class Observer:
     """
 
     def __init__(self, config: Config, run: RunDirectory, start_step: int, is_main: bool):
-        self.config, self.is_main = config, is_main
+        self.config, self.run, self.first_step, self.is_main = config, run, start_step, is_main
         self.flops_per_token = model_flops_per_token(config)
         self.pending: dict[str, object] = {}
         self._began = 0.0
-        if is_main:
-            self.metrics = MetricsLog(run.metrics_file)
-            self.metrics.truncate_after(start_step)
-            self.wandb = (
-                WandbLogger(config.wandb, run.path, config.model_dump(mode="json")) if config.wandb else None
-            )
-            self.progress = Progress(config.train.steps, start_step, config.train.log_every)
+
+    def open(self) -> None:
+        """Opens what is written to; on rank 0 only.
+
+        Raises:
+            InputError: earlier metrics are damaged, or Weights & Biases cannot be used as configured.
+        """
+        config = self.config
+        self.metrics = MetricsLog(self.run.metrics_file)
+        self.metrics.truncate_after(self.first_step)
+        self.wandb = (
+            WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")) if config.wandb else None
+        )
+        self.progress = Progress(config.train.steps, self.first_step, config.train.log_every)
 
     def __enter__(self) -> Observer:
         if self.is_main:
@@ -91,9 +98,15 @@ class Observer:
             self.progress.evaluation(step, loss.nats_per_token, loss.bits_per_byte)
 
     def flush(self) -> None:
-        """Writes the figures of the last step, all of which are there; before a checkpoint and before a step."""
+        """Writes the figures of the last step, once all of them are there."""
         if self.is_main and self.pending:
             self.metrics.append(self.pending)
             if self.wandb:
                 self.wandb.log(int(self.pending["step"]), self.pending)
             self.pending = {}
+
+    def sync(self) -> None:
+        """Makes the metrics so far durable: a checkpoint must never be newer than its log."""
+        self.flush()
+        if self.is_main:
+            self.metrics.sync()

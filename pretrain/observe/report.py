@@ -72,7 +72,7 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
     panels = figure.subplots(2, 2, sharex=True)
     figure.suptitle(_title(runs), fontsize=14, fontweight="bold")
     _draw_loss(panels[0, 0], runs)
-    _draw_lines(panels[0, 1], runs, "learning_rate", "Learning rate", "learning rate", smooth=False)
+    _draw_lines(panels[0, 1], runs, "learning_rate", "Learning rate", "learning rate", smooth=False, from_zero=True)
     _draw_lines(panels[1, 0], runs, "grad_norm", "Gradient norm (global, before clipping)", "L2 norm", log=True)
     _draw_lines(panels[1, 1], runs, "tokens_per_second", "Speed", "tokens per second", from_zero=True)
     for panel in panels[1]:

@@ -89,12 +89,7 @@ def build_topology(config: Config) -> Topology:
     bridge_cuda_calls()
     device = choose_device(config.train.device)
     join_processes(device)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-    )
+    _build_groups(config.parallel.tensor, config.parallel.pipeline)
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -105,6 +100,33 @@ def build_topology(config: Config) -> Topology:
         pipeline_size=config.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _build_groups(tensor: int, pipeline: int) -> None:
+    """Megatron-core's groups of this layout; those of another layout are destroyed first, the same are kept.
+
+    Megatron-core forgets its groups without destroying them, and each holds threads and sockets.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        built = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if built == (tensor, pipeline):
+            return
+        held: list[dist.ProcessGroup] = []
+        for value in list(vars(parallel_state).values()):
+            values = value if isinstance(value, list) else [value]
+            held += [group for group in values if isinstance(group, dist.ProcessGroup) and group not in held]
+        parallel_state.destroy_model_parallel()
+        # Some of them Megatron-core has destroyed after all.
+        still_there = dist.distributed_c10d._world.pg_map
+        for group in held:
+            if group is not dist.group.WORLD and group in still_there:
+                dist.destroy_process_group(group)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
     )
 
 

@@ -73,11 +73,13 @@ class ZeroEngine(Engine):
     def __init__(self, model: Decoder, optimizer: torch.optim.AdamW, config: Config):
         super().__init__(model, optimizer)
         self.stage = config.parallel.zero
+        # DeepSpeed allocates its bucket whole, 2 GB by default, however small the model.
+        bucket = min(500_000_000, sum(parameter.numel() for parameter in self.parameters.values()))
         settings = {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.optimizer.gradient_clip,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }

@@ -48,7 +48,11 @@ def test_transformers_computes_our_logits(tmp_path: Path, name: str) -> None:
     report = export_model(run, tmp_path / "out")
     assert report.comparison.largest_difference <= report.comparison.tolerance <= TOLERANCE
     assert report.parameters == sum(parameter.numel() for parameter in decoder.parameters())
-    assert (report.step, report.comparison.lengths, report.architecture) == (7, COMPARED_LENGTHS, "xLSTMForCausalLM")
+    assert (report.step, report.comparison.lengths, report.architecture) == (
+        7,
+        COMPARED_LENGTHS,
+        "xLSTMForCausalLM",
+    )
     assert report.cached_generation == (name in ("cached", "wide heads"))
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -163,7 +167,9 @@ def test_a_wrong_name_is_found_and_leaves_nothing(tmp_path: Path, monkeypatch: p
 def test_a_model_without_a_native_class_is_refused(tmp_path: Path) -> None:
     blocks = model_section()["blocks"] | {"channel_only": {"channel": {"type": "swiglu"}}}
     run, _ = write_run(tmp_path / "run", model_section(layers=["mlstm", "channel_only"], blocks=blocks))
-    with pytest.raises(InputError, match=r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)"):
+    with pytest.raises(
+        InputError, match=r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)"
+    ):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -183,11 +189,15 @@ def test_a_mixer_of_another_family_is_refused(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (model_section(norm_epsilon=1e-5), "one norm_eps .* but model needs 1e-05 and model.blocks.mlstm.mixer"),
+        (
+            model_section(norm_epsilon=1e-5),
+            "one norm_eps .* but model needs 1e-05 and model.blocks.mlstm.mixer",
+        ),
         (
             model_section(
                 layers=["mlstm", "other"],
-                blocks=model_section()["blocks"] | {"other": model_section({"num_heads": 2})["blocks"]["mlstm"]},
+                blocks=model_section()["blocks"]
+                | {"other": model_section({"num_heads": 2})["blocks"]["mlstm"]},
             ),
             "one num_heads .* model.blocks.mlstm.mixer needs 4 and model.blocks.other.mixer needs 2",
         ),

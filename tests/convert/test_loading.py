@@ -63,7 +63,10 @@ def test_each_rank_reads_its_own_slice(
 def _write(directory: Path, pieces: list, model: dict | None = None, state: dict | None = None) -> Path:
     config = tiny_config(model=model or model_section())
     write_checkpoint(
-        directory / "checkpoints", 1, pieces, {"config": config.model_dump(mode="json")} if state is None else state
+        directory / "checkpoints",
+        1,
+        pieces,
+        {"config": config.model_dump(mode="json")} if state is None else state,
     )
     return directory
 
@@ -71,7 +74,9 @@ def _write(directory: Path, pieces: list, model: dict | None = None, state: dict
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     pieces = list(pieces_of(random_decoder(tiny_config(model=model_section()))))
     run = _write(tmp_path, [piece for piece in pieces if piece.name != "layers.1.mixer.output.weight"])
-    with pytest.raises(InputError, match="another model: it lacks 1 tensors .*'layers.1.mixer.output.weight'"):
+    with pytest.raises(
+        InputError, match="another model: it lacks 1 tensors .*'layers.1.mixer.output.weight'"
+    ):
         load_decoder(run)
 
 

@@ -74,6 +74,17 @@ def test_a_resumed_run_has_every_step_once(path: Path, half_line: bytes) -> None
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("half_line", [b'{"step": 3, "los', b"\0\0\0\0"])
+def test_a_half_line_goes_when_no_whole_line_has_to(path: Path, half_line: bytes) -> None:
+    write_steps(path, range(1, 3))
+    with path.open("ab") as file:
+        file.write(half_line)
+    with MetricsLog(path) as log:
+        assert log.truncate_after(2) == 0
+        log.append({"step": 3, "loss": 9.0})
+    assert steps_in(path) == [1, 2, 3]
+
+
 def test_truncation_at_the_last_step_keeps_the_bytes_and_at_zero_leaves_nothing(path: Path) -> None:
     write_steps(path, range(1, 6))
     before = path.read_bytes()

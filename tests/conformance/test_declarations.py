@@ -1,0 +1,30 @@
+"""What a mixer declares: costs, first weights, sizes that it refuses, names in the Hugging Face form."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance import checks
+from tests.conformance.cases import Case, channel_cases, sequence_cases
+
+every = pytest.mark.parametrize("case", (*sequence_cases(), *channel_cases()), ids=str)
+
+
+@every
+def test_cost(case: Case) -> None:
+    checks.cost(case)
+
+
+@every
+def test_first_weights(case: Case) -> None:
+    checks.first_weights(case)
+
+
+@every
+def test_problem(case: Case) -> None:
+    checks.problem(case)
+
+
+@every
+def test_hugging_face_names(case: Case) -> None:
+    checks.hugging_face_names(case)

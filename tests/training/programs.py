@@ -1,0 +1,50 @@
+"""Programs that run on every rank of a pool of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pretrain.config import parse_config
+from pretrain.parallel.schedule import BatchLoss
+from pretrain.train import train
+
+
+def run_training(raw: dict[str, Any], resume: str = "auto") -> tuple[int, bool]:
+    """Trains; returns the last step and whether a signal ended it."""
+    outcome = train(parse_config(raw, "test"), resume)
+    return outcome.step, outcome.stopped_by_signal
+
+
+def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], broken_rank: int) -> str | None:
+    """Trains while one rank's loss is NaN in some steps (counted from 1); returns what ended it, if anything."""
+    import torch.distributed as dist
+
+    from pretrain import trainer as module
+    from pretrain.errors import TrainingError
+
+    original = module.run_schedule
+    calls = 0
+
+    def breaking(model: Any, decoder: Any, batches: Any, device: torch.device, train: bool) -> BatchLoss:
+        nonlocal calls
+        calls += 1
+        handle = None
+        if calls in broken_steps and dist.get_rank() == broken_rank:
+            parameter = next(decoder.layers.children()).mixer.input_gate_bias
+            handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+        try:
+            return original(model, decoder, batches, device, train=train)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    module.run_schedule = breaking
+    try:
+        train(parse_config(raw, "test"))
+    except TrainingError as error:
+        return str(error)
+    finally:
+        module.run_schedule = original
+    return None

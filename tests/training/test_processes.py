@@ -1,0 +1,100 @@
+"""The command in processes of its own: killed, stopped by signals, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+
+import pytest
+
+from pretrain.checkpoint import list_checkpoints
+from pretrain.errors import EXIT_STOPPED_BY_SIGNAL
+from tests.runs import curve, environment, pretrain, pretrain_command, write_config
+
+# Long enough to be still running when it is told to stop.
+MANY_STEPS = 100_000
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("unbroken")
+    config = write_config(directory, schedule={"type": "constant"})
+    ended = pretrain("train", config)
+    assert ended.returncode == 0, ended.stderr
+    return curve(directory / "run")
+
+
+def start_and_wait_for_step(config, step, *overrides, processes=0):
+    """A running process that has printed its figures of ``step``."""
+    command = pretrain_command("train", config, *overrides, processes=processes)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(f"step {step}/"):
+            return process
+    raise AssertionError("the run ended before that step:\n" + "".join(output))
+
+
+def test_killed_run_resumes_to_the_same_curve(tmp_path, unbroken):
+    config = write_config(tmp_path, schedule={"type": "constant"})
+    process = start_and_wait_for_step(config, 6, f"train.steps={MANY_STEPS}")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    resumed = pretrain("train", config, "train.steps=12")
+    assert resumed.returncode == 0, resumed.stderr
+    kept = curve(tmp_path / "run")
+    # How far the killed run had got by then is chance; what is kept of it never goes beyond its last save.
+    assert kept == {**unbroken, **{step: kept[step] for step in kept if step > 12}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_finishes_the_step_saves_and_exits_with_its_code(number, tmp_path):
+    config = write_config(tmp_path)
+    process = start_and_wait_for_step(config, 2, f"train.steps={MANY_STEPS}", "train.checkpoint_every=0")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED_BY_SIGNAL, output
+    assert "stopped by a signal" in output
+    last = max(curve(tmp_path / "run"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{last:08}"]
+
+
+def test_torchrun_trains_and_the_commands_read_the_run(tmp_path, unbroken):
+    config = write_config(tmp_path, schedule={"type": "constant"})
+    ended = pretrain("train", config, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    for step, figures in curve(tmp_path / "run").items():
+        assert figures == pytest.approx(unbroken[step], rel=1e-5)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+    ]
+    evaluated = pretrain("evaluate", run, "--samples", 8, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    figures = json.loads(evaluated.stdout)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The same samples, in other micro-batches and on one process.
+    assert figures["nats_per_token"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(lines[-1]["held_out_bits_per_byte"], rel=1e-5)
+    assert 0 < figures["bigram_bits_per_byte"] < 8
+    assert pretrain("checkpoint", "verify", run).returncode == 0
+    assert pretrain("report", run).returncode == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_torchrun_passes_a_stop_on(tmp_path):
+    config = write_config(tmp_path)
+    process = start_and_wait_for_step(config, 2, f"train.steps={MANY_STEPS}", processes=2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "stopped by a signal" in output
+    last = max(curve(tmp_path / "run"))
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{last:08}"

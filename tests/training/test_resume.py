@@ -1,0 +1,123 @@
+"""A run that is cut and resumed has the curve of one that was not: bit for bit in its layout, closely in others."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from tests.runs import curve, raw_config, write_corpus
+
+PROGRAMS = "tests.training.programs"
+
+LAYOUTS = {
+    "single": (1, {"zero": 1}),
+    "single_zero0": (1, {"zero": 0}),
+    "tensor2": (2, {"tensor": 2, "sequence": True, "zero": 1}),
+    "pipeline2": (2, {"pipeline": 2, "zero": 1}),
+    "pipeline2_zero0": (2, {"pipeline": 2, "zero": 0}),
+    "data2_zero1": (2, {"zero": 1}),
+    "data2_zero2": (2, {"zero": 2}),
+    "data2_zero3": (2, {"zero": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def train(worker_pools):
+    def run(directory, layout, steps=12, resume="auto", **sections):
+        processes, parallel = LAYOUTS[layout]
+        raw = raw_config(directory, parallel=parallel, **sections)
+        # The schedule must not know that the run is cut.
+        raw["schedule"] = {"type": "constant"}
+        raw["train"]["steps"] = steps
+        return worker_pools(processes).run(PROGRAMS, "run_training", raw=raw, resume=resume)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, tmp_path_factory):
+    """Directory and curve of an unbroken run, by layout."""
+    cache = {}
+
+    def run(layout):
+        if layout not in cache:
+            directory = tmp_path_factory.mktemp(f"unbroken_{layout}")
+            write_corpus(directory / "corpus")
+            train(directory, layout)
+            cache[layout] = directory
+        return cache[layout]
+
+    return run
+
+
+def cut_after(source, directory, step):
+    """A copy of a run as if it had been killed right after ``step`` was saved."""
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    for path in list_checkpoints(directory / "run" / "checkpoints"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return directory
+
+
+
+@pytest.mark.parametrize(
+    "layout", ["single", "single_zero0", "tensor2", "pipeline2", "data2_zero1", "data2_zero2", "data2_zero3"]
+)
+def test_same_layout_resumes_bit_for_bit(layout, train, unbroken, tmp_path):
+    whole = curve(unbroken(layout) / "run")
+    directory = cut_after(unbroken(layout), tmp_path, 4)
+    assert train(directory, layout) == [(12, False)] * LAYOUTS[layout][0]
+    assert curve(directory / "run") == whole
+
+
+def test_layout_changes_at_every_resume(train, unbroken, tmp_path):
+    """TP2 -> PP2 -> ZeRO-3 DP2 -> one process, against one process all along."""
+    whole = curve(unbroken("single") / "run")
+    write_corpus(tmp_path / "corpus")
+    for layout, until in (("tensor2", 3), ("pipeline2", 6), ("data2_zero3", 9), ("single_zero0", 12)):
+        train(tmp_path, layout, steps=until)
+    moved = curve(tmp_path / "run")
+    assert moved.keys() == whole.keys()
+    for step, figures in whole.items():
+        # Sums in another order: float32 rounding, carried through twelve steps.
+        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+
+
+def test_checkpoint_holds_the_same_in_every_layout(unbroken):
+    """The first checkpoint of each layout: same names, same values to rounding."""
+    reference = CheckpointReader(list_checkpoints(unbroken("single") / "run" / "checkpoints")[0])
+    for layout in ("tensor2", "pipeline2", "data2_zero3"):
+        other = CheckpointReader(list_checkpoints(unbroken(layout) / "run" / "checkpoints")[0])
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert other.names(kind) == reference.names(kind)
+            for name in reference.names(kind):
+                difference = (other.read(name, kind) - reference.read(name, kind)).abs().max()
+                assert difference < 2e-5, (layout, name, kind)
+
+
+def test_resume_never_refuses_an_old_run_and_a_path_starts_a_new_one(train, unbroken, tmp_path):
+    directory = cut_after(unbroken("single"), tmp_path, 4)
+    with pytest.raises(AssertionError, match="holds .*run"):
+        train(directory, "single", resume="never")
+    write_corpus(tmp_path / "second" / "corpus")
+    checkpoint = directory / "run" / "checkpoints" / "step-00000004"
+    train(tmp_path / "second", "single", resume=str(checkpoint))
+    continued = curve(tmp_path / "second" / "run")
+    assert continued == {step: figures for step, figures in curve(unbroken("single") / "run").items() if step > 4}
+
+
+def test_other_data_or_model_is_refused(train, unbroken, tmp_path):
+    directory = cut_after(unbroken("single"), tmp_path, 4)
+    with pytest.raises(AssertionError, match="hidden_size"):
+        train(directory, "single", model=raw_config(directory)["model"] | {"hidden_size": 64})
+    (directory / "corpus" / "000.txt").write_text("another text\n")
+    with pytest.raises(AssertionError, match="other data"):
+        train(directory, "single")
+
+
+def test_a_finished_run_is_left_alone(train, unbroken):
+    before = curve(unbroken("single") / "run")
+    assert train(unbroken("single"), "single") == [(12, False)]
+    assert curve(unbroken("single") / "run") == before
