@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from data.errors import DataError
@@ -21,6 +20,7 @@ from pretrain.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_STOPPED_BY_SIGNAL,
+    CheckError,
     InputError,
     TrainingError,
 )
@@ -99,12 +99,14 @@ def plan(
 
 @app.command()
 def export(
-    source: RunOrCheckpoint, output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")]
+    source: RunOrCheckpoint,
+    output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")],
+    tolerance: Annotated[float, typer.Option(min=0, help="largest difference of a float32 logit that passes")] = 1e-4,
 ) -> None:
     """Write a model that transformers loads; it is loaded again and its logits compared before this says done."""
     from pretrain.convert import export_model
 
-    typer.echo(str(export_model(source, output)))
+    typer.echo(str(export_model(source, output, tolerance=tolerance)))
 
 
 @app.command()
@@ -208,7 +210,7 @@ def bench_train(
 @bench_app.command("kernels")
 def bench_kernels() -> None:
     """Compile the Triton kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory."""
-    from kernels.compile import main as print_compiled_kernels
+    from pretrain.bench.kernels import print_compiled_kernels
 
     print_compiled_kernels()
 
@@ -224,20 +226,10 @@ def main() -> None:
     # Megatron-core warns, each time it is imported, of optional packages that nothing here needs.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     try:
-        code = app(standalone_mode=False) or EXIT_DONE
-    except click.exceptions.Exit as exit_request:
-        code = exit_request.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = EXIT_BAD_INPUT
+        app()
     except (InputError, DataError) as error:
         _say(f"error: {error}")
-        code = EXIT_BAD_INPUT
-    except TrainingError as error:
+        sys.exit(EXIT_BAD_INPUT)
+    except (CheckError, TrainingError) as error:
         _say(f"error: {error}")
-        code = EXIT_FAILURE
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; what was not saved is lost")
-        code = EXIT_FAILURE
-    sys.stdout.flush()
-    sys.exit(code if isinstance(code, int) else EXIT_DONE)
+        sys.exit(EXIT_FAILURE)

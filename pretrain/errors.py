@@ -16,6 +16,13 @@ class InputError(Exception):
     """
 
 
+class CheckError(RuntimeError):
+    """What was made did not pass its own check (an exported model, say); nothing of it is left.
+
+    The command line prints the message and exits with ``EXIT_FAILURE``.
+    """
+
+
 class TrainingError(Exception):
     """Training cannot go on (for instance, too many steps in a row without finite gradients).
 

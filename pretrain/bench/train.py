@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -215,7 +216,7 @@ def table(result: TrainBenchmark) -> Table:
         drawn.add_column(heading, justify="right" if heading else "left")
     for row in result.rows:
         if row.missing:
-            drawn.add_row(row.name, row.missing)
+            drawn.add_row(row.name, escape(row.missing))
             continue
         drawn.add_row(
             row.name,

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from data.config import BytesTokenizer, HuggingFaceTokenizer, TokenizerConfig
 from data.tokenizers import Tokenizer
 from data.tokenizers.huggingface import byte_level_alphabet
-from pretrain.errors import InputError
+from pretrain.errors import CheckError, InputError
 
 DOCUMENT_MARK = "<|document|>"
 
@@ -74,7 +74,7 @@ def byte_level_tokenizer(boundary_id: int) -> tokenizers.Tokenizer:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(DOCUMENT_MARK, special=True, normalized=False)])
     if library.token_to_id(DOCUMENT_MARK) != boundary_id:
-        raise RuntimeError(
+        raise CheckError(
             f"the boundary mark has id {library.token_to_id(DOCUMENT_MARK)}, not {boundary_id}"
         )
     return library
@@ -100,7 +100,7 @@ def _check(directory: Path, tokenizer: Tokenizer) -> None:
     written = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(written, name) != tokenizer.boundary_id:
-            raise RuntimeError(
+            raise CheckError(
                 f"the exported tokenizer's {name} is {getattr(written, name)}, not {tokenizer.boundary_id}"
             )
     for text in _SAMPLES:

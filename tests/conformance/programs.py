@@ -10,10 +10,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.models.decoder import Decoder
-from pretrain.models.mixer import SequenceMixer, StateTensor
-from pretrain.models.parameters import declared_parameters, initialise_weights, shard_of
+from pretrain.models.mixer import Documents, SequenceMixer, StateTensor
+from pretrain.models.parameters import declared_parameters, full_shape, initialise_weights, shard_of
 from pretrain.parallel.topology import build_topology, megatron_config
-from tests.conformance import checks
+from tests.configurations import tiny_config
+from tests.conformance import tools
 from tests.conformance.cases import find_case
 
 # Tokens of each call; even, so that two ranks can split them.
@@ -34,25 +35,25 @@ def run_mixer(name: str, tensor: int, sequence: bool) -> dict[str, Any]:
         parameter, and how states and parameters are split (``splits``, ``summed``).
     """
     case = find_case(name)
-    mixer = checks.build(case, tensor, sequence)
+    mixer = tools.build(case, tensor, sequence)
     rank = parallel_state.get_tensor_model_parallel_rank()
 
     def own_part(whole: Tensor) -> Tensor:
         return whole.chunk(tensor)[rank] if sequence else whole
 
-    starts = torch.rand(2, sum(PIECES), generator=checks.generator_of(case, "starts")) < 0.2
-    whole = checks.random_hidden(case, sum(PIECES), 2).split(PIECES)
-    weights = checks.random_hidden(case, sum(PIECES), 2, "weights").split(PIECES)
+    starts = torch.rand(2, sum(PIECES), generator=tools.generator_of(case, "starts")) < 0.2
+    whole = tools.random_hidden(case, sum(PIECES), 2).split(PIECES)
+    weights = tools.random_hidden(case, sum(PIECES), 2, "weights").split(PIECES)
     parts = [own_part(piece).clone().requires_grad_() for piece in whole]
     outputs, state, loss = [], None, torch.zeros(())
     for part, weight, flags in zip(parts, weights, starts.split(PIECES, dim=1), strict=True):
         if isinstance(mixer, SequenceMixer):
-            output, state = mixer(part, state, checks.Documents(flags))
+            output, state = mixer(part, state, Documents(flags))
         else:
             output, state = mixer(part), {}
         outputs.append(output)
         loss = loss + (output * own_part(weight)).sum()
-    found = checks.gradients(loss, mixer, {f"hidden {index}": part for index, part in enumerate(parts)})
+    found = tools.gradients(loss, mixer, {f"hidden {index}": part for index, part in enumerate(parts)})
     declared: dict[str, StateTensor] = mixer.state_tensors() if isinstance(mixer, SequenceMixer) else {}
     parameters = dict(declared_parameters(mixer))
     return {
@@ -69,7 +70,7 @@ def run_mixer(name: str, tensor: int, sequence: bool) -> dict[str, Any]:
 def first_weights(name: str, tensor: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, int | None]]:
     """This rank's slices of a mixer's first weights, and how each is split."""
     case = find_case(name)
-    mixer = case.family.module(case.config, checks.context_of(case.hidden_size, tensor))
+    mixer = case.family.module(case.config, tools.context_of(case.hidden_size, tensor))
     initialise_weights(mixer, seed)
     parameters = dict(declared_parameters(mixer))
     splits = {name: parameter.spec.shard_dimension for name, parameter in parameters.items()}
@@ -78,14 +79,14 @@ def first_weights(name: str, tensor: int, seed: int) -> tuple[dict[str, np.ndarr
 
 def decoder_of(model: dict[str, Any], recompute: str = "none", **parallel: int) -> Decoder:
     """This rank's part of a decoder of this ``model`` section, its parameters away from their first values."""
-    config = checks.tiny_config(model=model, parallel={"zero": 0} | parallel)
+    config = tiny_config(model=model, parallel={"zero": 0} | parallel)
     build_topology(config)
     decoder = Decoder(config.model, megatron_config(config), recompute)
     initialise_weights(decoder, seed=1)
     with torch.no_grad():
         for name, parameter in declared_parameters(decoder):
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
-            noise = 0.1 * torch.randn(checks.full_shape(parameter), generator=generator)
+            noise = 0.1 * torch.randn(full_shape(parameter), generator=generator)
             parameter.add_(shard_of(noise, parameter.spec))
     return decoder
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.conformance import programs
 from tests.conformance.cases import Case
-from tests.conformance.checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
+from tests.conformance.tools import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 from tests.workers import WorkerPool
 
 PROGRAMS = "tests.conformance.programs"
@@ -18,7 +18,9 @@ PROGRAMS = "tests.conformance.programs"
 def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
-    assert error <= tolerance * scale, f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
+    assert error <= tolerance * scale, (
+        f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
+    )
 
 
 def assemble(slices: list[np.ndarray], dimension: int | None, what: str) -> np.ndarray:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 
-from tests.conformance import checks, tensor_parallel
-from tests.conformance.cases import broken_case, find_case
+from tests.conformance import checks, declarations, tensor_parallel
+from tests.conformance.cases import Case, broken_case, find_case
 from tests.conformance.mistakes import MISTAKES
 from tests.workers import WorkerError
+
+# These take a pool of workers too.
+ON_TWO_RANKS = {"tensor_parallel", "sequence_parallel"}
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    name: function
+    for module in (checks, declarations)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
+    if function.__module__ == module.__name__ and inspect.signature(function).return_annotation == "None"
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -17,24 +28,18 @@ def test_a_mistake_is_noticed(mistake: str, worker_pools) -> None:
     case = broken_case(mistake)
     check = MISTAKES[mistake].check
     with pytest.raises(AssertionError) as noticed:
-        if check == "tensor_parallel":
-            tensor_parallel.tensor_parallel(case, worker_pools, sequence=False)
+        if check in ON_TWO_RANKS:
+            tensor_parallel.tensor_parallel(case, worker_pools, sequence=check == "sequence_parallel")
         else:
-            getattr(checks, check)(case)
+            CHECKS[check](case)
     # A program that fails on a rank would say nothing about what the ranks computed.
     assert not isinstance(noticed.value, WorkerError), noticed.value
 
 
-def test_the_mixer_without_a_mistake_passes_the_same_checks() -> None:
-    case = find_case("readme-0")
-    for check in {mistake.check for mistake in MISTAKES.values()} - {"tensor_parallel"}:
-        getattr(checks, check)(case)
-
-
-def test_every_check_of_a_sequence_mixer_has_a_mistake() -> None:
-    found = {
-        name
-        for name, function in inspect.getmembers(checks, inspect.isfunction)
-        if list(inspect.signature(function).parameters) == ["case"] and not name.startswith(("random", "build"))
-    }
-    assert found - {"positions_are_apart"} == {mistake.check for mistake in MISTAKES.values()} - {"tensor_parallel"}
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_check_passes_without_a_mistake_and_has_one_to_notice(check: str) -> None:
+    if check == "positions_are_apart":
+        pytest.raises(AssertionError, CHECKS[check], find_case("readme-0"))
+        return
+    assert check in {mistake.check for mistake in MISTAKES.values()}
+    CHECKS[check](find_case("readme-0"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conformance import checks
+from tests.conformance import declarations
 from tests.conformance.cases import Case, channel_cases, sequence_cases
 
 every = pytest.mark.parametrize("case", (*sequence_cases(), *channel_cases()), ids=str)
@@ -12,19 +12,19 @@ every = pytest.mark.parametrize("case", (*sequence_cases(), *channel_cases()), i
 
 @every
 def test_cost(case: Case) -> None:
-    checks.cost(case)
+    declarations.cost(case)
 
 
 @every
 def test_first_weights(case: Case) -> None:
-    checks.first_weights(case)
+    declarations.first_weights(case)
 
 
 @every
 def test_problem(case: Case) -> None:
-    checks.problem(case)
+    declarations.problem(case)
 
 
 @every
 def test_hugging_face_names(case: Case) -> None:
-    checks.hugging_face_names(case)
+    declarations.hugging_face_names(case)

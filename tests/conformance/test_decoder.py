@@ -12,7 +12,7 @@ from torch.nn import functional
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
 from pretrain.models.parameters import declared_parameters
 from pretrain.models.registry import channel_mixers, sequence_mixers
-from tests.conformance import checks, programs
+from tests.conformance import programs, tools
 
 HIDDEN_SIZE, VOCABULARY, LENGTH = 32, 72, 19
 
@@ -75,11 +75,13 @@ def test_logits_in_calls_that_hand_on_states_are_those_of_one_pass(lengths: list
     for piece in tokens.split(lengths, dim=1):
         logits, states = decoder.logits(piece, states)
         parts.append(logits)
-    checks.assert_close(torch.cat(parts, dim=1), whole, TOLERANCE, "logits")
+    tools.assert_close(torch.cat(parts, dim=1), whole, TOLERANCE, "logits")
     assert states.keys() == final.keys()
-    assert len(final) == sum(block.mixer is not None for block in decoder.layers.values()) < len(decoder.layers)
+    assert (
+        len(final) == sum(block.mixer is not None for block in decoder.layers.values()) < len(decoder.layers)
+    )
     for layer, state in final.items():
-        checks.assert_all_close(states[layer], state, TOLERANCE, f"state of layer {layer}")
+        tools.assert_all_close(states[layer], state, TOLERANCE, f"state of layer {layer}")
 
 
 @torch.no_grad()
@@ -95,11 +97,15 @@ def test_documents_in_one_sequence_are_documents_alone() -> None:
                 layer: {name: tensor[row : row + 1] for name, tensor in state.items()}
                 for layer, state in states.items()
             }
-            alone, end = decoder.logits(tokens[row : row + 1, first:last], None if starts[row, first] else own)
-            checks.assert_close(packed[row : row + 1, first:last], alone, TOLERANCE, f"tokens {first} to {last}")
+            alone, end = decoder.logits(
+                tokens[row : row + 1, first:last], None if starts[row, first] else own
+            )
+            tools.assert_close(
+                packed[row : row + 1, first:last], alone, TOLERANCE, f"tokens {first} to {last}"
+            )
         for layer, state in end.items():
             of_row = {name: tensor[row : row + 1] for name, tensor in final[layer].items()}
-            checks.assert_all_close(of_row, state, TOLERANCE, f"final state of layer {layer}")
+            tools.assert_all_close(of_row, state, TOLERANCE, f"final state of layer {layer}")
 
 
 @torch.no_grad()
@@ -136,9 +142,9 @@ def test_gradient_is_that_of_the_cross_entropy_of_the_logits() -> None:
     loss = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
     )
-    expected = checks.gradients(loss, decoder, {})
-    checks.assert_every_parameter_matters(decoder, expected)
-    checks.assert_all_close(found, expected, GRADIENT_TOLERANCE, "gradient")
+    expected = tools.gradients(loss, decoder, {})
+    tools.assert_every_parameter_matters(decoder, expected)
+    tools.assert_all_close(found, expected, GRADIENT_TOLERANCE, "gradient")
 
 
 def test_recomputed_blocks_have_identical_gradients() -> None:

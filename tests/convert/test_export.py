@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.tokenizers.byte_level import ByteTokenizer
-from pretrain.convert import export_model, huggingface
+from pretrain.convert import export_model as export_strictly
+from pretrain.convert import huggingface
 from pretrain.convert.comparison import COMPARED_LENGTHS
 from pretrain.errors import InputError
 from pretrain.generate import generate
@@ -23,6 +25,7 @@ from tests.convert.checkpoints import model_section, random_tokens, write_run
 # float32 on both sides, sums in another order. These random weights amplify rounding: changing the last bit of
 # their embeddings moves their logits, of size 1 to 30, by up to 4e-4.
 TOLERANCE = 2e-3
+export_model = functools.partial(export_strictly, tolerance=TOLERANCE)
 
 # Hidden size 128 with half of it for keys: the smallest whose state Hugging Face's cache can hold.
 CACHED = {"hidden_size": 128}

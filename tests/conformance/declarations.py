@@ -1,0 +1,133 @@
+"""What a mixer declares. Each check takes one case and fails where a declaration is not true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.models.mixer import SequenceMixer
+from pretrain.models.parameters import initialise_weights
+from tests.conformance.cases import Case
+from tests.conformance.tools import NUM_LAYERS, build, call, context_of, random_hidden, random_length
+
+
+def _baddbmm_flops(_: object, left: torch.Size, right: torch.Size, **__: object) -> int:
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[2]
+
+
+def _counted_flops(run: Callable[[], object]) -> int:
+    """FLOPs of matrix products, with the in-place form of baddbmm, which torch's counter leaves out."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _baddbmm_flops}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def cost(case: Case) -> None:
+    """Counted parameters, matrix products forward and backward, and state are those of ``cost.py``."""
+    mixer = build(case)
+    batch = 2
+    for length in (1, 5, 16, random_length(case)):
+        declared = case.family.cost(case.config, case.hidden_size, length, 4, NUM_LAYERS)
+        hidden = random_hidden(case, length, batch).requires_grad_()
+        outputs: list[Tensor] = []
+        forward = _counted_flops(
+            lambda hidden=hidden, outputs=outputs: outputs.append(call(mixer, hidden)[0])
+        )
+        backward = _counted_flops(lambda outputs=outputs: outputs[0].sum().backward())
+        projections = declared.projection_flops_per_token
+        # Formulas divide by the length, so they hold to float64's rounding.
+        for counted, scan, times in (
+            (forward, declared.executed_scan_flops_per_token, 1),
+            (backward, declared.executed_scan_backward_flops_per_token, 2),
+        ):
+            expected = (times * projections + scan) * length * batch
+            assert math.isclose(counted, expected, rel_tol=1e-9), (
+                f"length {length}: {counted} FLOPs, not {expected}"
+            )
+        assert declared.scan_flops_per_token <= declared.executed_scan_flops_per_token
+    parameters = list(mixer.parameters())
+    replicated = [parameter for parameter in parameters if parameter.spec.shard_dimension is None]
+    assert declared.parameters == sum(map(Tensor.numel, parameters))
+    assert declared.parameters_replicated == sum(map(Tensor.numel, replicated))
+    assert 0 < declared.active_parameters <= declared.parameters
+    tensors = mixer.state_tensors().values() if isinstance(mixer, SequenceMixer) else ()
+    assert declared.state_bytes == sum(4 * math.prod(tensor.shape) for tensor in tensors)
+
+
+def _first_weights(case: Case, seed: int, name: str) -> dict[str, Tensor]:
+    """First values of a mixer that is called ``name``."""
+    mixer = case.family.module(case.config, context_of(case.hidden_size))
+    initialise_weights(nn.ModuleDict({name: mixer}), seed)
+    for parameter_name, parameter in mixer.named_parameters():
+        unfilled = torch.full_like(parameter, math.nan)
+        parameter.spec.initialise(unfilled.detach(), torch.Generator())
+        assert unfilled.isfinite().all(), f"{parameter_name} is not filled"
+    return {name: parameter.detach() for name, parameter in mixer.named_parameters()}
+
+
+def first_weights(case: Case) -> None:
+    """Every parameter is declared and filled, from the seed and its name alone."""
+    try:
+        first, again = (_first_weights(case, 1, "first") for _ in range(2))
+    except TypeError as error:
+        raise AssertionError(f"a parameter is not declared: {error}") from error
+    other_seed, other_name = _first_weights(case, 2, "first"), _first_weights(case, 1, "second")
+    drawn = set()
+    for name, value in first.items():
+        assert value.dtype == torch.float32, f"{name} is {value.dtype}"
+        assert torch.equal(value, again[name]), f"{name} does not depend on the seed and name alone"
+        by_seed = not torch.equal(value, other_seed[name])
+        assert by_seed == (not torch.equal(value, other_name[name])), f"{name} ignores its seed or its name"
+        drawn |= {name} if by_seed else set()
+    assert drawn, "no parameter is drawn at random"
+
+
+def problem(case: Case) -> None:
+    """What is accepted works; what does not divide is refused in one sentence."""
+    config, width = case.config, case.hidden_size
+    for ranks in (1, 2):
+        assert config.problem(width, ranks) is None, f"an example must go with {ranks} ranks"
+    mixer = build(case)
+    sizes = [
+        p.shape[p.spec.shard_dimension] for p in mixer.parameters() if p.spec.shard_dimension is not None
+    ]
+    if isinstance(mixer, SequenceMixer):
+        split = [tensor for tensor in mixer.state_tensors().values() if tensor.shard_dimension is not None]
+        sizes += [tensor.shape[tensor.shard_dimension] for tensor in split]
+    refusals = []
+    # The last is a prime beyond any width here.
+    for ranks in (*range(1, 2 * width), 8191):
+        refusal = config.problem(width, ranks)
+        divides = all(size % ranks == 0 for size in sizes)
+        assert refusal or divides, f"{ranks} ranks are accepted, but do not divide {sorted(set(sizes))}"
+        refusals.append(refusal)
+    assert refusals[-1] or not sizes
+    context = context_of(width)
+    for other in range(1, width + 9):
+        refusal = config.problem(other, 1)
+        refusals.append(refusal)
+        if refusal is None:
+            built = case.family.module(config, replace(context, hidden_size=other))
+            hidden = torch.zeros(3, 2, other)
+            assert call(built, hidden)[0].shape == hidden.shape, f"hidden_size={other} is accepted"
+    for refusal in filter(None, refusals):
+        assert "\n" not in refusal and not refusal.endswith("."), (
+            f"not one clause to end a message: {refusal!r}"
+        )
+
+
+def hugging_face_names(case: Case) -> None:
+    """For each native class that has this layer, every parameter has exactly one name of its own there."""
+    form = case.family.hugging_face
+    assert set(form.KEYS) == set(form.FIELDS), "KEYS and FIELDS must list the same classes"
+    parameters = {name for name, _ in build(case).named_parameters()}
+    for model_type, names in form.KEYS.items():
+        assert set(names) == parameters, f"{model_type}: {sorted(set(names) ^ parameters)}"
+        assert len(set(names.values())) == len(names), f"{model_type}: two parameters have one name"
+        assert isinstance(form.FIELDS[model_type](case.config, case.hidden_size), dict)
