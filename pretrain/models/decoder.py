@@ -87,10 +87,9 @@ class Decoder(nn.Module):
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        embedded = self.embedding(tokens)
-        if not self.config.sequence_parallel:
-            embedded = embedded.transpose(0, 1).contiguous()
-        return embedded.to(self.compute_dtype)
+        # The sequence comes first from here on; under sequence parallelism the embedding itself sees to that.
+        tokens = tokens if self.config.sequence_parallel else tokens.t()
+        return self.embedding(tokens).to(self.compute_dtype)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)``, float32."""

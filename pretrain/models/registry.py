@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field
 
 ROOT = Path(__file__).parent
 
@@ -158,9 +157,15 @@ def family_of(config: MixerConfig) -> MixerFamily:
     raise KeyError(f"{type(config).__name__} is not the configuration of a registered mixer")
 
 
+def _type_of(section: Any) -> Any:
+    return section.get("type") if isinstance(section, dict) else getattr(section, "type", None)
+
+
 def config_union(families: dict[str, MixerFamily]) -> Any:
     """The type that pydantic checks a mixer's section against: the one whose ``type`` is named in it."""
     configs = tuple(family.config for family in families.values())
     if len(configs) == 1:
         return configs[0]
-    return Annotated[typing.Union[configs], Field(discriminator="type")]  # noqa: UP007 (built at run time)
+    # Pydantic's discriminator by field name takes no model with a validator over that field, as all of ours have.
+    tagged = tuple(Annotated[family.config, pydantic.Tag(name)] for name, family in families.items())
+    return Annotated[typing.Union[tagged], pydantic.Discriminator(_type_of)]  # noqa: UP007 (built at run time)

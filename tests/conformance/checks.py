@@ -28,6 +28,11 @@ from tests.conformance.tools import (
 # gate whose argument is 4, and several follow one another.
 BFLOAT16_TOLERANCE = 8e-2
 
+# Central differences are wrong by the square of the step where the function is curved, and by float32's rounding
+# over the step where it is flat, so each gradient must agree with one of these steps.
+SLOPE_STEPS = (1e-2, 1e-3, 2e-4)
+SLOPE_TOLERANCE = 3e-3
+
 
 def random_cuts(case: Case, length: int, purpose: str = "cuts") -> list[int]:
     """Lengths of random pieces that together are ``length``."""
@@ -192,6 +197,35 @@ def bfloat16(case: Case) -> None:
     for name, expected in results[0].items():
         error = (results[1][name] - expected).norm() / expected.norm()
         assert error < BFLOAT16_TOLERANCE, f"bfloat16, {name}: differs by {error:.2g} of its norm"
+
+
+def slopes(case: Case) -> None:
+    """Gradients are slopes: of the input and of each parameter, along the gradient, by central differences."""
+    mixer = build(case)
+    hidden = random_hidden(case, random_length(case), 2).requires_grad_()
+
+    def value() -> Tensor:
+        output, final = call(mixer, hidden)
+        # Summed in float64, so that the difference of two values is not lost in them.
+        return weighted_sum(
+            case, {name: tensor.double() for name, tensor in ({"output": output} | final).items()}
+        )
+
+    found = gradients(value(), mixer, {"hidden": hidden})
+    for name, tensor in ({"hidden": hidden} | dict(mixer.named_parameters())).items():
+        size = float(found[name].norm())
+        direction, measured = found[name] / size, []
+        for step in SLOPE_STEPS:
+            with torch.no_grad():
+                original = tensor.clone()
+                tensor.copy_(original + step * direction)
+                above = value()
+                tensor.copy_(original - step * direction)
+                below = value()
+                tensor.copy_(original)
+            measured.append(float(above - below) / (2 * step))
+        error = min(abs(slope - size) for slope in measured)
+        assert error <= SLOPE_TOLERANCE * size, f"gradient of {name}: {size:.4g}, but slopes are {measured}"
 
 
 @torch.no_grad()

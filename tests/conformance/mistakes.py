@@ -63,6 +63,12 @@ MISTAKES: dict[str, Mistake] = {
             _START: 'state = {"level": torch.ones_like(inputs[0], dtype=torch.float32)} if state is None else state'
         },
     ),
+    "cuts_a_gradient": Mistake(
+        "slopes", {"torch.sigmoid(self.decay)": "torch.sigmoid(self.decay.detach() + 0 * self.decay)"}
+    ),
+    "scales_a_gradient": Mistake(
+        "slopes", {_LOOP: "enumerate(inputs.float() * 1.01 - 0.01 * inputs.detach().float())"}
+    ),
     "differs_in_bfloat16": Mistake(
         "bfloat16", {_LOOP: "enumerate(inputs.float() * (1 + (inputs.dtype == torch.bfloat16)))"}
     ),

@@ -40,3 +40,8 @@ def test_positions_are_apart(case: Case) -> None:
 @every
 def test_bfloat16(case: Case) -> None:
     checks.bfloat16(case)
+
+
+@every
+def test_slopes(case: Case) -> None:
+    checks.slopes(case)

@@ -93,8 +93,10 @@ class MLSTM(SequenceMixer):
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,
         )
-        normed = nn.functional.layer_norm(cell.float(), (self.value_head,), eps=self.config.norm_epsilon)
-        normed = normed.transpose(0, 1).flatten(2) * self.norm_weight
+        # The cell keeps the layout of its inputs in memory: turned back first, the norm needs no copy.
+        cell = cell.transpose(0, 1).float()
+        normed = nn.functional.layer_norm(cell, (self.value_head,), eps=self.config.norm_epsilon)
+        normed = normed.flatten(2) * self.norm_weight
         gated = (torch.sigmoid(output_gate.float()) * normed).to(hidden.dtype)
         return self.output(gated), final._asdict()
 
