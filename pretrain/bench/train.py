@@ -1,7 +1,7 @@
 """Tokens per second of a forward and backward, in rounds that take turns with the xlstm package's.
 
-Other load on a machine comes and goes within seconds. So each round times every contestant once, one after the
-other, and what is compared is the ratio within a round; its median over the rounds is what counts.
+Other load on a machine comes and goes within seconds. So each round times every contestant once, one after
+the other, and what is compared is the ratio within a round; its median over the rounds is what counts.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TrainBenchmark:
         return [peer / ours for ours, peer in pairs]
 
     def shares(self, row: Measurement, flops: float | None = None) -> list[float]:
-        """Share of the rate of ``square`` that a row reaches in each round with its own FLOPs, or ``flops``."""
+        """Share of ``square``'s rate that a row reaches in each round with its own FLOPs, or ``flops``."""
         work = row.flops if flops is None else flops
         rates = self.square.flops_per_second()
         return [work / seconds / rate for seconds, rate in zip(row.seconds, rates, strict=False)]
@@ -119,7 +119,9 @@ class TrainBenchmark:
             "ratios": self.ratios(),
             "processor_ratios": self.processor_ratios(),
             "useful_flops": self.useful_flops,
-            "useful_shares": {row.name: self.shares(row, self.useful_flops) for row in (self.ours, self.peer)},
+            "useful_shares": {
+                row.name: self.shares(row, self.useful_flops) for row in (self.ours, self.peer)
+            },
         }
 
 
@@ -172,7 +174,9 @@ def measure(contestants: Sequence[Contestant], rounds: int, say: Callable[[str],
     ]
 
 
-def bench_train(workload: Workload, rounds: int, say: Callable[[str], None] = lambda text: None) -> TrainBenchmark:
+def bench_train(
+    workload: Workload, rounds: int, say: Callable[[str], None] = lambda text: None
+) -> TrainBenchmark:
     """Measures ours, the peer where it is installed, and matrix products.
 
     Args:
@@ -196,7 +200,9 @@ def bench_train(workload: Workload, rounds: int, say: Callable[[str], None] = la
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    middle, low, high = (
+        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
     return f"{middle} ({low} .. {high})"
 
 
@@ -245,6 +251,8 @@ def print_bench_train(rounds: int, as_json: bool = False) -> None:
             f"by processor time: {_spread(result.processor_ratios(), 2)}"
         )
     console.print(
-        "Ours runs the training path (Megatron-core's schedule, documents, summed cross-entropy, exact gradient);\n"
-        "the xlstm package its chunkwise--native_autograd kernel and torch's cross-entropy, with the same weights."
+        "Both hold the same weights. Ours runs the training path: Megatron-core's schedule, documents, "
+        "summed cross-entropy, exact gradient. The package runs its chunkwise--native_autograd kernel and "
+        "torch's cross-entropy. With other work on the machine, OMP_NUM_THREADS=1 and processor time are "
+        "steadier."
     )

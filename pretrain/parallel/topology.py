@@ -87,6 +87,9 @@ def build_topology(config: Config) -> Topology:
         raise InputError(problem)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     bridge_cuda_calls()
+    # Megatron-core overlaps collectives with products by the order in which they are queued, which CUDA keeps
+    # only within one queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = choose_device(config.train.device)
     join_processes(device)
     _build_groups(config.parallel.tensor, config.parallel.pipeline)
