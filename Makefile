@@ -20,7 +20,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another, for instance: make install PYTHON=python3.12"; exit 1; }
-	@echo "== installing into $(VENV) (one to two minutes)"
+	@echo "== installing into $(VENV) (one to two minutes; longer where torch comes with CUDA)"
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "error: cannot make a virtual environment; on Debian and Ubuntu install the package python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
@@ -58,4 +58,4 @@ bench: install
 	@$(BIN)/pretrain bench train
 
 clean:
-	rm -rf $(VENV) runs exports build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUN) $(RUN).png $(EXPORT) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,11 +27,6 @@ def permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     return np.argsort(random, kind="stable")
 
 
-def global_batch_indices(step: int, global_batch_size: int) -> range:
-    """The samples of optimizer step ``step`` (from 0) where every step reads ``global_batch_size``."""
-    return range(step * global_batch_size, (step + 1) * global_batch_size)
-
-
 def rank_share(
     indices: Sequence[int], micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> list[list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from data.dataset import Data, open_data
 from data.order import rank_share
 from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
@@ -23,7 +25,7 @@ from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.optimizer.learning_rate import learning_rate
-from pretrain.parallel.agreement import on_main_rank
+from pretrain.parallel.agreement import on_every_rank, on_main_rank
 from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
@@ -44,6 +46,9 @@ class Trainer:
             InputError, DataError: what was given does not fit together; nothing has been computed yet.
         """
         self.config = config
+        # Before the processes join: preparing data may take longer than a collective waits. Where there is a cache
+        # one process fills it and the others wait for its lock.
+        self.data: Data = self._open_data()
         self.topology: Topology = build_topology(config)
         self.run = RunDirectory(Path(config.run.directory))
         try:
@@ -54,11 +59,8 @@ class Trainer:
 
     def _open(self, resume: str) -> None:
         config = self.config
-        # Rank 0 opens the data first, so that the others find it in the cache.
-        on_main_rank(lambda: self._open_data() and None)
-        self.data: Data = self._open_data()
-        changed = on_main_rank(lambda: self.run.prepare(config, resume))
         start_from = on_main_rank(lambda: self._choose_checkpoint(resume))
+        changed = on_main_rank(lambda: self.run.prepare(config, resume))
 
         model = build_model(config)
         if start_from is None:
@@ -73,34 +75,45 @@ class Trainer:
         self._announce(start_from, changed)
 
     def _open_data(self) -> Data:
-        if not hasattr(self, "data"):
-            self.data = open_data(self.config.data, self.config.train.seed)
-            needed, given = self.data.tokenizer.vocab_size, self.config.model.vocab_size
-            if needed > given:
-                raise InputError(
-                    f"model.vocab_size={given} is smaller than the vocabulary of data.tokenizer, which has "
-                    f"{needed} ids; set model.vocab_size to at least {-(-needed // 8) * 8}"
-                )
-        return self.data
+        data = open_data(self.config.data, self.config.train.seed)
+        needed, given = data.tokenizer.vocab_size, self.config.model.vocab_size
+        if needed > given:
+            raise InputError(
+                f"model.vocab_size={given} is smaller than the vocabulary of data.tokenizer, which has "
+                f"{needed} ids; set model.vocab_size to at least {-(-needed // 8) * 8}"
+            )
+        return data
 
     def _choose_checkpoint(self, resume: str) -> Path | None:
         if resume == "never":
             return None
+        newest = newest_checkpoint(self.run.checkpoints, verify_checksums=True)
         if resume == "auto":
-            return newest_checkpoint(self.run.checkpoints, verify_checksums=True)
-        return resolve_checkpoint(Path(resume))
+            chosen = newest
+        else:
+            chosen = resolve_checkpoint(Path(resume)).resolve()
+            if newest is not None and chosen.parent == newest.resolve().parent and chosen != newest.resolve():
+                raise InputError(
+                    f"--resume {resume}: {newest} is newer, and two histories cannot share a run directory; give "
+                    f"another run.directory, or move the newer checkpoints away"
+                )
+        if chosen is not None:
+            with CheckpointReader(chosen) as reader:
+                self._check_data(reader)
+        return chosen
 
-    def _resume(self, model: object, reader: CheckpointReader) -> None:
-        self.position = read_position(reader)
-        self.resumed_from = self.position.step
-        stored = reader.state["data_fingerprint"]
-        if stored != self.data.fingerprint:
+    def _check_data(self, reader: CheckpointReader) -> None:
+        if reader.state.get("data_fingerprint") != self.data.fingerprint:
             raise InputError(
                 f"{reader.path}: was trained on other data than this configuration gives (source files, "
                 f"tokenizer, data.sequence_length or train.seed differ), so the order of samples cannot go on; "
                 f"restore them, or start anew in another run.directory"
             )
-        read_weights(model, reader)
+
+    def _resume(self, model: object, reader: CheckpointReader) -> None:
+        self.position = read_position(reader)
+        self.resumed_from = self.position.step
+        on_every_rank(lambda: read_weights(model, reader))
         restore_random_state(reader)
         self.engine = build_engine(model, self.config, self.topology)
         if self.position.updates > 0:
@@ -134,6 +147,9 @@ class Trainer:
             )
         rate = learning_rate(config, position.step)
         result: StepResult = self.engine.step(rate)
+        if topology.device.type == "cuda":
+            # Or the clock stops before the update and ZeRO's gathering of the weights.
+            torch.cuda.synchronize()
 
         tokens = len(indices) * config.data.sequence_length
         position.step += 1

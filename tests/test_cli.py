@@ -41,7 +41,7 @@ WRONG = {
     "wrong type": (["train.steps=many"], "'train.steps' is 'many'"),
     "out of range": (["train.steps=0"], "'train.steps' is 0"),
     "not an override": (["train.steps"], "expected key=value"),
-    "heads by tensor": (["parallel.tensor=3", "model.vocab_size=267"], "num_heads=4 is not divisible by parallel.tensor=3"),
+    "heads by tensor": (["parallel.tensor=3", "model.vocab_size=267"], "num_heads=4 is not divisible by parallel.te"),
     "layers by pipeline": (["parallel.pipeline=3"], "num_layers=2 is not divisible by parallel.pipeline=3"),
     "vocabulary by tensor": (["parallel.tensor=4", "model.vocab_size=266"], "model.vocab_size=266"),
     "zero 3 with pipeline": (["parallel.pipeline=2", "parallel.zero=3"], "zero=3 does not go with pipeline=2"),

@@ -14,6 +14,11 @@ __all__ = ["BACKENDS", "MLSTMState", "mlstm", "zero_state"]
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
+def nearest_triton_chunk(chunk_size: int) -> int:
+    """The largest chunk of the Triton form that is not above ``chunk_size``: a power of two from 16 to 512."""
+    return min(512, max(16, 1 << (chunk_size.bit_length() - 1)))
+
+
 def mlstm(
     query: Tensor,
     key: Tensor,
@@ -44,7 +49,8 @@ def mlstm(
         initial_state: the state before the first token; ``None`` is the zero state.
         document_starts: (batch, sequence) bool, True at each document's first token, before which the carried
             state becomes exactly zero. ``None`` and all-False continue the initial state.
-        chunk_size: tokens computed together by the chunkwise forms; changes speed, not results.
+        chunk_size: tokens computed together by the chunkwise forms; changes speed, not results. The Triton
+            form takes the nearest that it has.
         epsilon: added to the denominator.
         backend: ``"reference"`` (loop over tokens), ``"torch"`` (chunkwise, any device), ``"triton"``
             (chunkwise on a GPU) or ``"auto"``: Triton for CUDA tensors, torch otherwise and for float64.
@@ -69,6 +75,8 @@ def mlstm(
     elif backend == "triton":
         # Imported here because Triton is slow to import and absent from some CPU installations.
         from kernels.mlstm.chunkwise_triton import mlstm_triton as implementation
+
+        chunk_size = nearest_triton_chunk(chunk_size)
     else:
         raise ValueError(f"mlstm: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     return implementation(

@@ -27,6 +27,8 @@ from pretrain.parallel.topology import build_topology
 PEER_MODULE = "xlstm.xlstm_large.model"
 INSTALL_PEER = "not installed: pip install 'recurrent-pretrain[bench]'"
 SQUARE = (2048, 1024, 1024)
+# As much work as a training step, so that its time is as little disturbed.
+SQUARE_REPEATS = 10
 _MEAN_DOCUMENT_LENGTH = 256
 
 

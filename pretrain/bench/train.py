@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.bench.contestants import (
     SQUARE,
+    SQUARE_REPEATS,
     Contestant,
     PeerMissing,
     Workload,
@@ -69,7 +70,7 @@ class TrainBenchmark:
     Attributes:
         ours, peer: the two models; the peer's ``missing`` says why where it was not measured.
         own_products: the products of our model with its weights, with nothing between them.
-        square: one large product of :data:`SQUARE`; its rate is what shares refer to.
+        square: a large product of :data:`SQUARE`, repeated; its rate is what shares refer to.
         useful_flops: of one step, by ``pretrain plan``'s count: nothing masked, nothing computed again.
     """
 
@@ -193,7 +194,7 @@ def bench_train(
         missing = Measurement("xlstm package", missing=str(error))
     contestants.append(matrix_products("our products alone", product_shapes(workload, model)))
     rows, inner, columns = SQUARE
-    contestants.append(matrix_products(f"{rows} x {inner} by {inner} x {columns}", [SQUARE]))
+    contestants.append(matrix_products(f"{rows} x {inner} by {inner} x {columns}", [SQUARE] * SQUARE_REPEATS))
     ours, *peer, own_products, square = measure(contestants, rounds, say)
     useful = model_flops_per_token(workload.config()) * workload.tokens
     return TrainBenchmark(workload, ours, peer[0] if peer else missing, own_products, square, useful)

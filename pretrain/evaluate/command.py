@@ -43,7 +43,7 @@ def evaluate_checkpoint(source: Path, samples: int) -> Evaluation:
     Raises:
         InputError, DataError: the checkpoint or its data is missing or does not fit.
     """
-    loaded = load_decoder(source)
+    loaded = load_decoder(source, "auto")
     data = open_data(loaded.config.data, loaded.config.train.seed)
     loss = evaluate_held_out(
         loaded.decoder,

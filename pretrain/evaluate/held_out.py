@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +58,6 @@ def evaluate_held_out(
     decoder.train(was_training)
     return HeldOutLoss(
         nats_per_token=loss.nats_per_token,
-        bits_per_byte=loss.nats / math.log(2) / max(loss.bytes, 1),
+        bits_per_byte=loss.bits_per_byte,
         labels=loss.labels,
     )

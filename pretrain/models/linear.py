@@ -23,9 +23,15 @@ def no_initialisation(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _multiply(linear: Callable[..., Tensor], build_weight: Callable[[], Tensor]) -> Tensor:
-    """Runs ``linear(weight)`` so that the weight is built again, not stored, for the backward pass."""
+def _multiply(linear: Callable[..., Tensor], build_weight: Callable[[], Tensor], megatron: TransformerConfig) -> Tensor:
+    """Runs ``linear(weight)`` so that the weight is built again, not stored, for the backward pass.
+
+    Under recomputation nothing is stored anyway, and hooks of our own would hide what the product keeps from
+    ``torch.utils.checkpoint``, which sees only the innermost hooks.
+    """
     weight = build_weight()
+    if megatron.recompute_granularity is not None:
+        return linear(weight)
     # Not the weight itself: the hook lives as long as the graph and would keep it alive.
     pointer, shape = weight.data_ptr(), weight.shape
 
@@ -46,7 +52,7 @@ class _CastColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel product whose weight is built from float32 parameters by the caller."""
 
     def forward_with(self, hidden: Tensor, build_weight: Callable[[], Tensor]) -> Tensor:
-        return _multiply(lambda weight: self(hidden, weight=weight)[0], build_weight)
+        return _multiply(lambda weight: self(hidden, weight=weight)[0], build_weight, self.config)
 
 
 class RowParallelProjection(RowParallelLinear):
@@ -72,7 +78,7 @@ class RowParallelProjection(RowParallelLinear):
         if weight.dtype == input.dtype:
             return product(input=input, weight=weight, **options)
         return _multiply(
-            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype)
+            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ class ColumnParallelProjection(ColumnParallelLinear):
         if weight.dtype == input.dtype:
             return product(input=input, weight=weight, **options)
         return _multiply(
-            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype)
+            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

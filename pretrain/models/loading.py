@@ -74,7 +74,7 @@ def _in_one_process(reader: CheckpointReader, device: str) -> Config:
 
 
 @torch.no_grad()
-def read_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
+def read_weights(model: Decoder, reader: CheckpointReader) -> None:
     """Copies into each parameter this rank's own slice of the tensor of its global name.
 
     Works under any tensor- and pipeline-parallel layout, before an optimizer engine splits the parameters
@@ -86,7 +86,7 @@ def read_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
     """
     parameters = dict(declared_parameters(model))
     stored = set(reader.names("weight"))
-    _check_names(reader, set(parameters), stored)
+    _check_names(reader, set(parameters), stored, model.model.num_layers)
     for name, parameter in parameters.items():
         expected, found = full_shape(parameter), reader.shape(name)
         if expected != found:
@@ -103,11 +103,17 @@ def read_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
         parameter.copy_(reader.read(name, dimension=dimension, offset=offset, length=length))
 
 
-def _check_names(reader: CheckpointReader, expected: set[str], stored: set[str]) -> None:
+def _layer(name: str) -> int:
+    """Index of the layer that a parameter belongs to; -1 for those outside the layers."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else -1
+
+
+def _check_names(reader: CheckpointReader, expected: set[str], stored: set[str], num_layers: int) -> None:
     missing = sorted(expected - stored)
-    # A pipeline stage knows only its own parameters; the rest of the checkpoint belongs to other stages.
+    # A pipeline stage knows only its own parameters; other layers of the model belong to other stages.
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
-    extra = sorted(stored - expected) if whole else []
+    extra = sorted(name for name in stored - expected if whole or _layer(name) >= num_layers)
     if missing:
         near = difflib.get_close_matches(missing[0], extra or sorted(stored), n=1)
         hint = f"; the nearest name there is {near[0]!r}" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,11 +46,6 @@ class Documents:
     """
 
     starts: Tensor
-
-    @functools.cached_property
-    def segment_ids(self) -> Tensor:
-        """``(batch, sequence)`` int64; equal exactly for tokens of the same document."""
-        return self.starts.cumsum(dim=1)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Observer:
         self.pending = {
             "step": step,
             "loss": loss.nats_per_token,
+            "bits_per_byte": loss.bits_per_byte,
             "grad_norm": result.gradient_norm,
             "learning_rate": learning_rate,
             "tokens": total_tokens,

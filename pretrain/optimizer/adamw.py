@@ -12,8 +12,7 @@ from pretrain.models.parameters import declared_parameters
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay.
 
-    The foreach form is chosen on every device: it needs no per-parameter Python and, unlike the fused one,
-    accepts the flat partitions that ZeRO makes of the parameters.
+    The foreach form is one code path on every device and over ZeRO's flat partitions alike.
     """
     decayed, undecayed = [], []
     for _, parameter in declared_parameters(model):

@@ -22,7 +22,8 @@ def learning_rate(config: Config, step: int) -> float:
         return peak
     if schedule.type == "wsd":
         length = schedule.decay_steps or max(1, steps // 5)
-        begin = max(warmup, steps - length)
+        length = min(length, max(1, steps - warmup))
+        begin = steps - length
     else:
         length = schedule.decay_steps or max(1, steps - warmup)
         begin = warmup

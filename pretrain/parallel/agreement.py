@@ -32,6 +32,24 @@ def on_main_rank(function: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[return-value]
 
 
+def on_every_rank(function: Callable[[], None]) -> None:
+    """Runs ``function``, which must not communicate, on every rank; where one fails, all raise its error.
+
+    Raises:
+        InputError, DataError, TrainingError: the first, by rank, that was raised.
+    """
+    error = None
+    try:
+        function()
+    except (InputError, DataError, TrainingError) as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on at least one rank; the same answer everywhere."""
     value = torch.tensor([float(flag)], device=device)

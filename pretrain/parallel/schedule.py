@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,10 @@ class BatchLoss:
     @property
     def nats_per_token(self) -> float:
         return self.nats / max(self.labels, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
 
 
 class _ScheduledModel(nn.Module):
@@ -69,9 +74,8 @@ def run_schedule(
     scale = len(micro_batches) * data_size / max(totals[1].item(), 1.0)
 
     def forward_step(batches: Iterator[Batch], called: nn.Module) -> tuple[Tensor, object]:
-        batch = next(batches)
-        inputs = (batch.tokens, batch.labels, batch.document_starts)
-        output = called(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+        batch = next(batches).to(device)
+        output = called(batch.tokens, batch.labels, batch.document_starts)
 
         def loss_function(nats: Tensor) -> tuple[Tensor, Tensor]:
             return nats * scale, nats.detach().clone()

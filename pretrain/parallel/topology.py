@@ -45,14 +45,19 @@ class Topology:
 
 
 def choose_device(requested: str) -> torch.device:
-    """The device of this process; ``auto`` takes CUDA where there is some.
+    """The device of this process; ``auto`` takes CUDA where each process of this machine can have a device.
 
     Raises:
-        InputError: CUDA was asked for and is not there.
+        InputError: CUDA was asked for and there are too few devices.
     """
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device=cuda, but torch sees no CUDA device; set train.device=cpu or auto")
-    if requested == "cpu" or not torch.cuda.is_available():
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested == "cuda" and devices < processes:
+        raise InputError(
+            f"train.device=cuda, but torch sees {devices} CUDA devices for {processes} processes on this machine; "
+            f"start fewer processes, or set train.device=cpu"
+        )
+    if requested == "cpu" or devices < processes:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -86,11 +91,14 @@ def build_topology(config: Config) -> Topology:
     if problem:
         raise InputError(problem)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    bridge_cuda_calls()
-    # Megatron-core overlaps collectives with products by the order in which they are queued, which CUDA keeps
-    # only within one queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.parallel.tensor > 1:
+        # Megatron-core overlaps tensor-parallel collectives with products by the order in which they are queued,
+        # which CUDA keeps only within one queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = choose_device(config.train.device)
+    if device.type == "cpu":
+        bridge_cuda_calls()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     join_processes(device)
     _build_groups(config.parallel.tensor, config.parallel.pipeline)
     return Topology(
@@ -135,6 +143,10 @@ def _build_groups(tensor: int, pipeline: int) -> None:
 
 def megatron_config(config: Config) -> TransformerConfig:
     """Megatron-core's own configuration of the same run; its layers and schedules read it."""
+    recompute = {}
+    if config.train.recompute == "block":
+        # Said to Megatron-core, done by our decoder.
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size,
@@ -150,4 +162,5 @@ def megatron_config(config: Config) -> TransformerConfig:
         # Megatron-core frees a stage's output behind autograd's back, which its own backward call allows for;
         # the output of a block here may share storage with what autograd keeps.
         deallocate_pipeline_outputs=False,
+        **recompute,
     )

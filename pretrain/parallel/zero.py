@@ -6,8 +6,8 @@ Three facts decide the shape of this file:
 * Gradients of which each tensor-parallel rank holds a part are summed before ZeRO reduces them: at stage 1 once
   a step, because gradients stay whole on the rank until then (``coalesce_grad_reduction``); at stages 2 and 3 by
   a hook on each such parameter, because every micro-batch's gradients are scattered at once.
-* Parameters are float32 and their own master copies; products run in the activations' dtype. DeepSpeed so keeps
-  its float32 path, whose accumulation is exact and whose optimizer skips a step that is not finite.
+* Parameters are float32 and products run in the activations' dtype. DeepSpeed so keeps its float32 path, whose
+  accumulation is exact and whose optimizer skips a step that is not finite.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from pretrain.config.schema import Config
 from pretrain.models.decoder import Decoder
 from pretrain.parallel.engine import MOMENTS, Engine, StepResult
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 # DeepSpeed insists on a launcher's variable even in a process started without one.
 os.environ.setdefault("LOCAL_RANK", "0")
@@ -42,8 +40,8 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-if not torch.cuda.is_available():
-    # Without CUDA DeepSpeed compiles a shared-memory all-reduce when it starts, which takes a minute and a
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    # On the CPU DeepSpeed compiles a shared-memory all-reduce when it starts, which takes a minute and a
     # compiler; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

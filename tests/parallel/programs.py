@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.order import global_batch_indices, rank_share
+from data.order import rank_share
 from data.packing import IGNORED_LABEL, Batch
 from pretrain.config.schema import Config
 from pretrain.models.decoder import Decoder
@@ -60,7 +60,8 @@ def open_engine(config: Config) -> tuple[Topology, Engine]:
 
 def one_step(config: Config, topology: Topology, engine: Engine, step: int) -> tuple[float, float, bool]:
     """Loss, gradient norm and whether the step was applied."""
-    indices = global_batch_indices(step, config.train.global_batch_size)
+    size = config.train.global_batch_size
+    indices = range(step * size, (step + 1) * size)
     shares = rank_share(indices, config.train.micro_batch_size, topology.data_rank, topology.data_size)
     batches = [synthetic_batch(share, config.data.sequence_length) for share in shares]
     with engine.accumulate():

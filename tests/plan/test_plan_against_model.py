@@ -188,3 +188,24 @@ def test_activation_bytes_equal_what_a_block_keeps(
     expected = block.activation_bytes_per_token(config) + unfused + converted
     # A few scalars per head are rounded up in the formula.
     assert kept == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputation_keeps_each_blocks_input_alone(load: Callable[..., Config], precision: str) -> None:
+    config = load("quickstart.yaml", *ONE_PROCESS, f"train.precision={precision}", "train.recompute=block")
+    model = _model(config)
+    initialise_weights(model, 0)
+
+    def kept(sequence_length: int) -> int:
+        hidden = torch.randn(sequence_length, 1, config.model.hidden_size, dtype=model.compute_dtype)
+        with _Allocations() as allocations:
+            output, states = model._blocks(hidden.requires_grad_(), None, None)
+            states.clear()
+        size = allocations.bytes_alive()
+        assert output.requires_grad
+        return size
+
+    # Each block's output is the next one's input; the first input is the caller's.
+    element = 4 if precision == "float32" else 2
+    expected = config.model.num_layers * config.model.hidden_size * element
+    assert (kept(192) - kept(64)) / 128 == pytest.approx(expected, rel=1e-2)

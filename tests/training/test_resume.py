@@ -121,3 +121,21 @@ def test_a_finished_run_is_left_alone(train, unbroken):
     before = curve(unbroken("single") / "run")
     assert train(unbroken("single"), "single") == [(12, False)]
     assert curve(unbroken("single") / "run") == before
+
+
+def test_an_older_checkpoint_of_the_same_run_is_refused_before_anything_changes(train, unbroken, tmp_path):
+    directory = cut_after(unbroken("single"), tmp_path, 12)
+    older = directory / "run" / "checkpoints" / "step-00000004"
+    with pytest.raises(AssertionError, match="two histories cannot share a run directory"):
+        train(directory, "single", resume=str(older), steps=16)
+    assert curve(directory / "run") == curve(unbroken("single") / "run")
+
+
+def test_a_mistake_that_one_stage_sees_is_told_by_all(train, unbroken, tmp_path):
+    """The second stage alone lacks layers that the checkpoint has not."""
+    checkpoint = list_checkpoints(unbroken("single") / "run" / "checkpoints")[-1]
+    write_corpus(tmp_path / "corpus")
+    model = raw_config(tmp_path)["model"] | {"num_layers": 4}
+    with pytest.raises(AssertionError) as raised:
+        train(tmp_path, "pipeline2", resume=str(checkpoint), model=model)
+    assert str(raised.value).count("is a checkpoint from another model") >= 2
