@@ -81,9 +81,7 @@ class SentencePieceTokenizer(_Config):
 SourceConfig = Annotated[
     StandardLibrarySource | TextFilesSource | JsonlSource | MegatronIndexedSource, Field(discriminator="type")
 ]
-TokenizerConfig = Annotated[
-    BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")
-]
+TokenizerConfig = Annotated[BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")]
 
 
 class DataConfig(_Config):

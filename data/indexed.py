@@ -66,7 +66,5 @@ def open_indexed_dataset(prefix: str) -> IndexedDataset:
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
     actual = Path(prefix + ".bin").stat().st_size
     if actual != expected:
-        raise DataError(
-            f"{prefix}.bin has {actual} bytes but its index says {expected}; copy or write the pair again."
-        )
+        raise DataError(f"{prefix}.bin has {actual} bytes but its index says {expected}; copy or write the pair again.")
     return dataset

@@ -45,7 +45,4 @@ def rank_share(
         )
     share = len(indices) // data_parallel_size
     start = data_parallel_rank * share
-    return [
-        list(indices[first : first + micro_batch_size])
-        for first in range(start, start + share, micro_batch_size)
-    ]
+    return [list(indices[first : first + micro_batch_size]) for first in range(start, start + share, micro_batch_size)]

@@ -71,9 +71,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> dict[Spli
     return open_prepared(target)
 
 
-def _tokenize(
-    config: DataConfig, source: Source, tokenizer: Tokenizer, writers: dict[Split, SplitWriter]
-) -> None:
+def _tokenize(config: DataConfig, source: Source, tokenizer: Tokenizer, writers: dict[Split, SplitWriter]) -> None:
     """Sends every document of the source to its split's writer, in the source's order."""
     lengths = tokenizer.token_byte_lengths()
     group: list[Document] = []
@@ -156,9 +154,7 @@ def _is_utf8(content: bytes) -> bool:
     return True
 
 
-def _tokenize_in_memory(
-    config: DataConfig, source: Source, tokenizer: Tokenizer
-) -> dict[Split, TokenizedDocuments]:
+def _tokenize_in_memory(config: DataConfig, source: Source, tokenizer: Tokenizer) -> dict[Split, TokenizedDocuments]:
     files: dict[Split, io.BytesIO] = {split: io.BytesIO() for split in SPLITS}
     writers: dict[Split, SplitWriter] = {split: SplitWriter(files[split], tokenizer) for split in SPLITS}
     _tokenize(config, source, tokenizer, writers)

@@ -111,9 +111,7 @@ class FileDocuments:
 def _open_standard_library() -> FileDocuments:
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
-        raise DataError(
-            f"the standard library should be a directory at {root} but is not; use a text_files source."
-        )
+        raise DataError(f"the standard library should be a directory at {root} but is not; use a text_files source.")
     files = []
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in STANDARD_LIBRARY_LEFT_OUT]
@@ -150,8 +148,7 @@ class JsonlDocuments:
         self.text_field = config.text_field
         if not self.files:
             raise DataError(
-                f"data.source.path {config.path} matches no file; give a .jsonl file or a glob such"
-                " as corpus/*.jsonl."
+                f"data.source.path {config.path} matches no file; give a .jsonl file or a glob such as corpus/*.jsonl."
             )
 
     def documents(self) -> Iterator[Document]:

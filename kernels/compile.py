@@ -58,9 +58,7 @@ def _mlstm_launches() -> list[Launch]:
     state = zero_state(query, value)
     found: list[Launch] = []
     problem = Problem.of(query, value, chunk=64, epsilon=1e-6, has_documents=True)
-    output, _, denominator, gates = mlstm_forward(
-        problem, query, query, value, gate, gate, state, starts, found.append
-    )
+    output, _, denominator, gates = mlstm_forward(problem, query, query, value, gate, gate, state, starts, found.append)
     mlstm_backward(
         problem, query, query, value, gate, state.matrix, state.normalizer, output, denominator, gates,
         output, state, found.append,

@@ -193,7 +193,6 @@ def _draw(
     # Drawn on the CPU, so that a seed gives the same text on every device whose logits agree.
     probabilities = probabilities.cpu()
     places = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(probabilities, generators, strict=True)
+        torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators, strict=True)
     ]
     return tokens.gather(1, torch.stack(places).to(tokens.device)).squeeze(1)

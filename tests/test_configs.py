@@ -70,9 +70,7 @@ def test_file_begins_with_what_it_is_and_its_command(path: Path) -> None:
 
 
 SMALL_LAYOUTS = [
-    path
-    for path in FILES
-    if path.parent.name == "parallel" and "data" in yaml.safe_load(path.read_text())["parallel"]
+    path for path in FILES if path.parent.name == "parallel" and "data" in yaml.safe_load(path.read_text())["parallel"]
 ]
 
 

@@ -38,9 +38,7 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def change(**changed: str | None) -> None:
         real = doctor.installed_version
-        monkeypatch.setattr(
-            doctor, "installed_version", lambda name: changed[name] if name in changed else real(name)
-        )
+        monkeypatch.setattr(doctor, "installed_version", lambda name: changed[name] if name in changed else real(name))
 
     return change
 

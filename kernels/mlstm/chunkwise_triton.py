@@ -91,9 +91,7 @@ def mlstm_forward(
     states, normalizers = launches.compute_states(
         problem, key, value, gates, initial_state.matrix, initial_state.normalizer, launch
     )
-    output, denominator = launches.compute_output(
-        problem, query, key, value, gates, states, normalizers, launch
-    )
+    output, denominator = launches.compute_output(problem, query, key, value, gates, states, normalizers, launch)
     rows = (problem.batch, problem.heads)
     # Copies, so that the final state does not keep the states of all chunks in memory.
     final_state = MLSTMState(
@@ -133,9 +131,7 @@ def mlstm_backward(
 
     stabilizer_gradient = gradient.stabilizer_gradient.double()
     stabilizer_gradient[:, -1] += state_gradient.stabilizer.flatten().double() - chunk_products[:, -1]
-    through_forget, through_input, through_initial = _route_stabilizer_gradient(
-        problem, gates, stabilizer_gradient
-    )
+    through_forget, through_input, through_initial = _route_stabilizer_gradient(problem, gates, stabilizer_gradient)
     rows = (problem.batch, problem.heads)
     log_forget_gradient = (log_forget_gradient + through_forget).unflatten(0, rows).transpose(1, 2)
     input_gradient = (key_products + through_input).unflatten(0, rows).transpose(1, 2)

@@ -49,9 +49,7 @@ def output_gradient_kernel(
     for start in range(0, VALUE_SIZE, BLOCK_VALUE):
         columns = start + tl.arange(0, BLOCK_VALUE)
         h = load_rows(output, tokens, columns, output_stride_token, sequence, VALUE_SIZE, False, tl.float32)
-        dh = load_rows(
-            output_gradient, tokens, columns, gradient_stride_token, sequence, VALUE_SIZE, False, tl.float32
-        )
+        dh = load_rows(output_gradient, tokens, columns, gradient_stride_token, sequence, VALUE_SIZE, False, tl.float32)
         product += tl.sum(h * dh, axis=1)
     valid = tokens < sequence
     gates = row * sequence + tokens
@@ -131,9 +129,7 @@ def state_gradient_kernel(
         for tile in range(0, CHUNK // TILE):
             tokens = chunk * CHUNK + tile * TILE + tl.arange(0, TILE)
             valid = tokens < sequence
-            reach = tl.load(decay + tokens, mask=valid, other=0.0) - tl.load(
-                stabilizer + tokens, mask=valid, other=0.0
-            )
+            reach = tl.load(decay + tokens, mask=valid, other=0.0) - tl.load(stabilizer + tokens, mask=valid, other=0.0)
             carry = tl.exp(tl.minimum(reach + stabilizer_before, 0.0)) * scale
             if HAS_DOCUMENTS:
                 document = tl.load(documents + tokens, mask=valid, other=-1)

@@ -90,9 +90,7 @@ def query_gradient_kernel(
             related = related & (document[:, None] == source_document[None, :])
         weight = tl.exp(tl.minimum(reach[:, None] + offer[None, :], 0.0))
         scores = tl.where(related, (scores * inverse[:, None] + total_gradient[:, None]) * weight, 0.0)
-        key_tile = load_rows(
-            key, source_tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE
-        )
+        key_tile = load_rows(key, source_tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE)
         result += tl.dot(scores.to(DOT_DTYPE), key_tile, input_precision=PRECISION)
 
     pointers = query_gradient + tokens.to(tl.int64)[:, None] * result_stride_token + keys[None, :]
@@ -153,12 +151,8 @@ def key_gradient_kernel(
     result = tl.zeros((TILE, BLOCK_KEY), dtype=tl.float32)
     for start in range(0, VALUE_SIZE, BLOCK_VALUE):
         values = start + tl.arange(0, BLOCK_VALUE)
-        value_tile = load_rows(
-            value, tokens, values, value_stride_token, sequence, VALUE_SIZE, EVEN_VALUE, DOT_DTYPE
-        )
-        gradient = load_state(
-            state_gradients, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE
-        )
+        value_tile = load_rows(value, tokens, values, value_stride_token, sequence, VALUE_SIZE, EVEN_VALUE, DOT_DTYPE)
+        gradient = load_state(state_gradients, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE)
         result += tl.dot(value_tile, tl.trans(gradient.to(DOT_DTYPE)), input_precision=PRECISION)
     normalizer = tl.load(normalizer_gradients + slot * QUERY_KEY_SIZE + keys, mask=key_mask, other=0.0)
     result = (result + normalizer[None, :]) * carry[:, None]
@@ -248,12 +242,8 @@ def value_gradient_kernel(
     result = tl.zeros((TILE, BLOCK_VALUE), dtype=tl.float32)
     for start in range(0, QUERY_KEY_SIZE, BLOCK_KEY):
         keys = start + tl.arange(0, BLOCK_KEY)
-        key_tile = load_rows(
-            key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE
-        )
-        gradient = load_state(
-            state_gradients, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE
-        )
+        key_tile = load_rows(key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE)
+        gradient = load_state(state_gradients, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE)
         result += tl.dot(key_tile, gradient.to(DOT_DTYPE), input_precision=PRECISION)
     result = result * carry[:, None]
 
@@ -269,9 +259,7 @@ def value_gradient_kernel(
         scores = tl.zeros((TILE, TILE), dtype=tl.float32)
         for start in range(0, QUERY_KEY_SIZE, BLOCK_KEY):
             keys = start + tl.arange(0, BLOCK_KEY)
-            key_tile = load_rows(
-                key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE
-            )
+            key_tile = load_rows(key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE)
             query_tile = load_columns(
                 query, reader_tokens, keys, query_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE
             )

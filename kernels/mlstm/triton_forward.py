@@ -21,8 +21,9 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-              DOT_DTYPE: tl.constexpr):
+def load_rows(
+    base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr, DOT_DTYPE: tl.constexpr
+):
     """A (tokens, columns) tile of a strided (sequence, WIDTH) matrix; zero outside of it."""
     mask = (tokens < sequence)[:, None]
     if not EVEN:
@@ -32,8 +33,9 @@ def load_rows(base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN
 
 
 @triton.jit
-def load_columns(base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-                 DOT_DTYPE: tl.constexpr):
+def load_columns(
+    base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr, DOT_DTYPE: tl.constexpr
+):
     """The transpose of what `load_rows` gives, read transposed rather than transposed after."""
     mask = (tokens < sequence)[None, :]
     if not EVEN:
@@ -52,8 +54,7 @@ def load_state(base, rows, columns, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.cons
 
 
 @triton.jit
-def store_state(base, tile, rows, columns, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-                EVEN: tl.constexpr):
+def store_state(base, tile, rows, columns, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.constexpr, EVEN: tl.constexpr):
     """The inverse of `load_state`."""
     pointers = base + rows[:, None] * NUM_COLUMNS + columns[None, :]
     if EVEN:
@@ -201,9 +202,7 @@ def state_kernel(
             if HAS_DOCUMENTS:
                 document = tl.load(documents + tokens, mask=valid, other=-1)
                 weight = tl.where(document == last_document, weight, 0.0)
-            key_tile = load_columns(
-                key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, tl.float32
-            )
+            key_tile = load_columns(key, tokens, keys, key_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, tl.float32)
             value_tile = load_rows(
                 value, tokens, values, value_stride_token, sequence, VALUE_SIZE, EVEN_VALUE, DOT_DTYPE
             )
@@ -265,12 +264,8 @@ def output_kernel(
     total = tl.zeros((TILE,), dtype=tl.float32)
     for start in range(0, QUERY_KEY_SIZE, BLOCK_KEY):
         keys = start + tl.arange(0, BLOCK_KEY)
-        query_tile = load_rows(
-            query, tokens, keys, query_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE
-        )
-        state = load_state(
-            states, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE
-        ).to(DOT_DTYPE)
+        query_tile = load_rows(query, tokens, keys, query_stride_token, sequence, QUERY_KEY_SIZE, EVEN_KEY, DOT_DTYPE)
+        state = load_state(states, keys, values, QUERY_KEY_SIZE, VALUE_SIZE, EVEN_KEY and EVEN_VALUE).to(DOT_DTYPE)
         normalizer = tl.load(normalizers + keys, mask=keys < QUERY_KEY_SIZE, other=0.0)
         numerator += tl.dot(query_tile, state, input_precision=PRECISION)
         total += tl.sum(query_tile.to(tl.float32) * normalizer[None, :], axis=1)

@@ -60,14 +60,10 @@ class Problem:
     input_dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, query: torch.Tensor, value: torch.Tensor, chunk: int, epsilon: float, has_documents: bool
-    ) -> Problem:
+    def of(cls, query: torch.Tensor, value: torch.Tensor, chunk: int, epsilon: float, has_documents: bool) -> Problem:
         """The problem that a (batch, sequence, heads, size) query and value pose."""
         batch, sequence, heads, query_key_size = query.shape
-        return cls(
-            batch, sequence, heads, query_key_size, value.shape[3], chunk, epsilon, has_documents, query.dtype
-        )
+        return cls(batch, sequence, heads, query_key_size, value.shape[3], chunk, epsilon, has_documents, query.dtype)
 
     @property
     def rows(self) -> int:

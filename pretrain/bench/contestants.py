@@ -163,10 +163,7 @@ def peer_model(workload: Workload, ours: Decoder) -> nn.Module:
     fields |= {"mode": "train", "chunkwise_kernel": "chunkwise--native_autograd"}
     model = package.xLSTMLarge(package.xLSTMLargeConfig(**fields))
     weights = ours.state_dict()
-    names = {
-        name: theirs.replace("backbone.embeddings", "embedding")
-        for name, theirs in tensor_names(config).items()
-    }
+    names = {name: theirs.replace("backbone.embeddings", "embedding") for name, theirs in tensor_names(config).items()}
     model.load_state_dict({theirs: weights[name].clone() for name, theirs in names.items()})
     return model
 

@@ -16,9 +16,7 @@ def print_compiled_kernels() -> None:
     """
     console, progress = Console(), Console(stderr=True)
     launches = registered_launches()
-    progress.print(
-        f"compiling {len(launches)} kernels for {', '.join(TARGETS)}; about a minute when first run"
-    )
+    progress.print(f"compiling {len(launches)} kernels for {', '.join(TARGETS)}; about a minute when first run")
     rows = []
     for index, launch in enumerate(launches, 1):
         progress.print(f"{index} of {len(launches)}: {launch.kernel.__name__}")

@@ -120,9 +120,7 @@ class TrainBenchmark:
             "ratios": self.ratios(),
             "processor_ratios": self.processor_ratios(),
             "useful_flops": self.useful_flops,
-            "useful_shares": {
-                row.name: self.shares(row, self.useful_flops) for row in (self.ours, self.peer)
-            },
+            "useful_shares": {row.name: self.shares(row, self.useful_flops) for row in (self.ours, self.peer)},
         }
 
 
@@ -175,9 +173,7 @@ def measure(contestants: Sequence[Contestant], rounds: int, say: Callable[[str],
     ]
 
 
-def bench_train(
-    workload: Workload, rounds: int, say: Callable[[str], None] = lambda text: None
-) -> TrainBenchmark:
+def bench_train(workload: Workload, rounds: int, say: Callable[[str], None] = lambda text: None) -> TrainBenchmark:
     """Measures ours, the peer where it is installed, and matrix products.
 
     Args:
@@ -201,9 +197,7 @@ def bench_train(
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    middle, low, high = (
-        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
-    )
+    middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} .. {high})"
 
 

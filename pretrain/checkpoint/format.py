@@ -173,8 +173,7 @@ def check_cover(pieces: Iterable[PieceRecord]) -> None:
         for field in ("full_shape", "dtype", "dimension"):
             if getattr(piece, field) != getattr(first, field):
                 raise ValueError(
-                    f"{label}: its pieces disagree about {field} "
-                    f"({getattr(first, field)} and {getattr(piece, field)})"
+                    f"{label}: its pieces disagree about {field} ({getattr(first, field)} and {getattr(piece, field)})"
                 )
     if first.dimension is None:
         if len(pieces) > 1:

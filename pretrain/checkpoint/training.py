@@ -121,4 +121,3 @@ def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str
                 offset = length * engine.tensor_rank
                 moments[kind] = reader.read(name, kind, dimension=dimension, offset=offset, length=length)
         yield name, moments
-

@@ -163,18 +163,14 @@ def _write_configs(
 
     boundary_id = tokenizer.boundary_id
     marks = {"bos_token_id": boundary_id, "eos_token_id": boundary_id, "pad_token_id": boundary_id}
-    config = CONFIG_MAPPING[native.MODEL_TYPE](
-        architectures=[native.ARCHITECTURE], dtype="float32", **fields, **marks
-    )
+    config = CONFIG_MAPPING[native.MODEL_TYPE](architectures=[native.ARCHITECTURE], dtype="float32", **fields, **marks)
     config.save_pretrained(directory)
     # Rows that only pad the vocabulary stand for no token; our own generation never draws them either.
     padding = list(range(tokenizer.vocab_size, fields["vocab_size"])) or None
     GenerationConfig(use_cache=cached, suppress_tokens=padding, **marks).save_pretrained(directory)
 
 
-def _write_weights(
-    decoder: Decoder, names: dict[str, str], directory: Path, max_shard_size: str | int
-) -> None:
+def _write_weights(decoder: Decoder, names: dict[str, str], directory: Path, max_shard_size: str | int) -> None:
     weights = dict(decoder.named_parameters())
     if set(names) != set(weights):
         raise CheckError(f"parameters without a Hugging Face name: {sorted(set(names) ^ set(weights))}")

@@ -74,9 +74,7 @@ def byte_level_tokenizer(boundary_id: int) -> tokenizers.Tokenizer:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(DOCUMENT_MARK, special=True, normalized=False)])
     if library.token_to_id(DOCUMENT_MARK) != boundary_id:
-        raise CheckError(
-            f"the boundary mark has id {library.token_to_id(DOCUMENT_MARK)}, not {boundary_id}"
-        )
+        raise CheckError(f"the boundary mark has id {library.token_to_id(DOCUMENT_MARK)}, not {boundary_id}")
     return library
 
 

@@ -57,6 +57,4 @@ def evaluate_checkpoint(source: Path, samples: int) -> Evaluation:
     if data.tokenizer.vocab_size <= LARGEST_VOCABULARY:
         indices = held_out_indices(data.held_out, samples)
         bigram = bigram_bits_per_byte(data.train, data.held_out, held_out_indices=indices)
-    return Evaluation(
-        str(loaded.checkpoint), loaded.step, loss.labels, loss.nats_per_token, loss.bits_per_byte, bigram
-    )
+    return Evaluation(str(loaded.checkpoint), loaded.step, loss.labels, loss.nats_per_token, loss.bits_per_byte, bigram)

@@ -33,9 +33,7 @@ class Block(nn.Module):
             self.channel_norm = RMSNorm(*norm)
             self.channel = family_of(config.channel).module(config.channel, context)
 
-    def forward(
-        self, hidden: Tensor, state: State | None, documents: Documents | None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State | None]:
         """Hidden states of the same shape, and the mixer's state (None where the block has no mixer)."""
         if self.mixer is not None:
             mixed, state = self.mixer(self.mixer_norm(hidden), state, documents)

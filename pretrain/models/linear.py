@@ -55,7 +55,22 @@ class _CastColumnParallelLinear(ColumnParallelLinear):
         return _multiply(lambda weight: self(hidden, weight=weight)[0], build_weight, self.config)
 
 
-class RowParallelProjection(RowParallelLinear):
+class _CastsWeight:
+    """Before one of Megatron-core's linear layers: its own weight is cast to the dtype of the input."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: object) -> Tensor:  # noqa: A002
+        product = super()._forward_impl
+        if weight.dtype == input.dtype:
+            return product(input=input, weight=weight, **options)
+        return _multiply(
+            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)[0]
+
+
+class RowParallelProjection(_CastsWeight, RowParallelLinear):
     """``hidden @ weight.T``, the input split by channels; the result is summed over tensor-parallel ranks.
 
     Under sequence parallelism each rank keeps its part of the sequence of that sum.
@@ -72,17 +87,6 @@ class RowParallelProjection(RowParallelLinear):
             skip_bias_add=False,
         )
         declare(self.weight, spec)
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: object) -> Tensor:  # noqa: A002
-        product = super()._forward_impl
-        if weight.dtype == input.dtype:
-            return product(input=input, weight=weight, **options)
-        return _multiply(
-            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden)[0]
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class ColumnParallelProjections(nn.Module):
         return self.linear.forward_with(hidden, build).split(self.sizes, dim=-1)
 
 
-class ColumnParallelProjection(ColumnParallelLinear):
+class ColumnParallelProjection(_CastsWeight, ColumnParallelLinear):
     """A single column-parallel map with its own ``weight``, for the output head."""
 
     def __init__(self, input_size: int, output_size: int, spec: ParameterSpec, megatron: TransformerConfig):
@@ -142,17 +146,6 @@ class ColumnParallelProjection(ColumnParallelLinear):
             input_size, output_size, config=megatron, init_method=no_initialisation, bias=False, gather_output=False
         )
         declare(self.weight, spec)
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: object) -> Tensor:  # noqa: A002
-        product = super()._forward_impl
-        if weight.dtype == input.dtype:
-            return product(input=input, weight=weight, **options)
-        return _multiply(
-            lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden)[0]
 
 
 class RMSNorm(nn.Module):

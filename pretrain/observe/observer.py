@@ -38,9 +38,7 @@ class Observer:
         config = self.config
         self.metrics = MetricsLog(self.run.metrics_file)
         self.metrics.truncate_after(self.first_step)
-        self.wandb = (
-            WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")) if config.wandb else None
-        )
+        self.wandb = WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")) if config.wandb else None
         self.progress = Progress(config.train.steps, self.first_step, config.train.log_every)
 
     def __enter__(self) -> Observer:

@@ -156,9 +156,7 @@ def _draw_curve(panel: Any, steps: np.ndarray, values: np.ndarray, colour: str, 
     if smooth:
         panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
     marker = "o" if values.size == 1 else None
-    panel.plot(
-        steps, _smoothed(values) if smooth else values, color=colour, linewidth=1.7, marker=marker, markersize=5
-    )
+    panel.plot(steps, _smoothed(values) if smooth else values, color=colour, linewidth=1.7, marker=marker, markersize=5)
 
 
 def _draw_loss(panel: Any, runs: list[_Run]) -> None:

@@ -136,9 +136,7 @@ def _build_groups(tensor: int, pipeline: int) -> None:
         for group in held:
             if group is not dist.group.WORLD and group in still_there:
                 dist.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
 
 def megatron_config(config: Config) -> TransformerConfig:

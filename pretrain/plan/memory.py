@@ -54,9 +54,7 @@ class BlockCost:
     def parameters_per_rank(self, tensor: int) -> int:
         """Parameters on one of ``tensor`` tensor-parallel ranks."""
         return sum(
-            (mixer.parameters - mixer.parameters_replicated) // tensor
-            + mixer.parameters_replicated
-            + self.hidden_size
+            (mixer.parameters - mixer.parameters_replicated) // tensor + mixer.parameters_replicated + self.hidden_size
             for mixer in self.mixers
         )
 

@@ -97,9 +97,7 @@ def link_shard_elsewhere(checkpoint):
         (link_shard_elsewhere, r"not a regular file"),
     ],
 )
-def test_an_incomplete_checkpoint_is_refused_and_skipped(
-    two_checkpoints, run_checkpoints, caplog, damage, message
-):
+def test_an_incomplete_checkpoint_is_refused_and_skipped(two_checkpoints, run_checkpoints, caplog, damage, message):
     first, second = two_checkpoints
     damage(second)
     with pytest.raises(InputError, match=message):

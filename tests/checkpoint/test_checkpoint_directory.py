@@ -139,9 +139,7 @@ def test_verify_names_the_damaged_file(steps):
         verify(steps.parent)
 
 
-def test_saving_the_same_point_again_leaves_and_reports_it(
-    checkpoint, run_checkpoints, tensors, caplog, state
-):
+def test_saving_the_same_point_again_leaves_and_reports_it(checkpoint, run_checkpoints, tensors, caplog, state):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
     def never_drawn():

@@ -96,9 +96,7 @@ def sequence_cases() -> tuple[Case, ...]:
 @functools.cache
 def channel_cases() -> tuple[Case, ...]:
     """Of every registered channel mixer."""
-    return tuple(
-        case for name, family in channel_mixers().items() for case in examples(family, f"channel-{name}")
-    )
+    return tuple(case for name, family in channel_mixers().items() for case in examples(family, f"channel-{name}"))
 
 
 @functools.cache

@@ -114,9 +114,7 @@ def causality(case: Case) -> None:
         after, _ = mixer(changed, None, None)
         assert_close(after[:, 1], before[:, 1], OUTPUT_TOLERANCE, f"token {position}, other sequence")
         if position:
-            assert_close(
-                after[:position], before[:position], OUTPUT_TOLERANCE, f"token {position}, earlier outputs"
-            )
+            assert_close(after[:position], before[:position], OUTPUT_TOLERANCE, f"token {position}, earlier outputs")
         change = (after - before)[position:, 0].abs().amax(dim=-1) / before.abs().max()
         assert change[0] > 1e-3, f"token {position} does not change its own output"
         assert change[1:].max() > 1e-3, f"token {position} changes no later output"
@@ -135,11 +133,7 @@ def documents(case: Case) -> None:
         edges = [0, *(int(t) for t in starts[row].nonzero() if t), length]
         pieces = []
         for first, last in zip(edges, edges[1:], strict=False):
-            own = (
-                None
-                if starts[row, first]
-                else {name: tensor[row : row + 1] for name, tensor in state.items()}
-            )
+            own = None if starts[row, first] else {name: tensor[row : row + 1] for name, tensor in state.items()}
             output, final = mixer(hidden[first:last, row : row + 1], own, None)
             pieces.append(output)
         outputs.append(torch.cat(pieces))
@@ -207,9 +201,7 @@ def slopes(case: Case) -> None:
     def value() -> Tensor:
         output, final = call(mixer, hidden)
         # Summed in float64, so that the difference of two values is not lost in them.
-        return weighted_sum(
-            case, {name: tensor.double() for name, tensor in ({"output": output} | final).items()}
-        )
+        return weighted_sum(case, {name: tensor.double() for name, tensor in ({"output": output} | final).items()})
 
     found = gradients(value(), mixer, {"hidden": hidden})
     for name, tensor in ({"hidden": hidden} | dict(mixer.named_parameters())).items():
@@ -236,9 +228,5 @@ def positions_are_apart(case: Case) -> None:
     whole, _ = call(mixer, hidden)
     for position in range(9):
         alone, _ = call(mixer, hidden[position : position + 1, 1:])
-        assert_close(
-            alone, whole[position : position + 1, 1:], OUTPUT_TOLERANCE, f"position {position} alone"
-        )
-    assert (whole[1:] - whole[:-1]).abs().max() > 1e-2 * whole.abs().max(), (
-        "the output does not depend on the input"
-    )
+        assert_close(alone, whole[position : position + 1, 1:], OUTPUT_TOLERANCE, f"position {position} alone")
+    assert (whole[1:] - whole[:-1]).abs().max() > 1e-2 * whole.abs().max(), "the output does not depend on the input"

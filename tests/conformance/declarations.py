@@ -36,9 +36,7 @@ def cost(case: Case) -> None:
         declared = case.family.cost(case.config, case.hidden_size, length, 4, NUM_LAYERS)
         hidden = random_hidden(case, length, batch).requires_grad_()
         outputs: list[Tensor] = []
-        forward = _counted_flops(
-            lambda hidden=hidden, outputs=outputs: outputs.append(call(mixer, hidden)[0])
-        )
+        forward = _counted_flops(lambda hidden=hidden, outputs=outputs: outputs.append(call(mixer, hidden)[0]))
         backward = _counted_flops(lambda outputs=outputs: outputs[0].sum().backward())
         projections = declared.projection_flops_per_token
         # Formulas divide by the length, so they hold to float64's rounding.
@@ -47,9 +45,7 @@ def cost(case: Case) -> None:
             (backward, declared.executed_scan_backward_flops_per_token, 2),
         ):
             expected = (times * projections + scan) * length * batch
-            assert math.isclose(counted, expected, rel_tol=1e-9), (
-                f"length {length}: {counted} FLOPs, not {expected}"
-            )
+            assert math.isclose(counted, expected, rel_tol=1e-9), f"length {length}: {counted} FLOPs, not {expected}"
         assert declared.scan_flops_per_token <= declared.executed_scan_flops_per_token
     parameters = list(mixer.parameters())
     replicated = [parameter for parameter in parameters if parameter.spec.shard_dimension is None]
@@ -94,9 +90,7 @@ def problem(case: Case) -> None:
     for ranks in (1, 2):
         assert config.problem(width, ranks) is None, f"an example must go with {ranks} ranks"
     mixer = build(case)
-    sizes = [
-        p.shape[p.spec.shard_dimension] for p in mixer.parameters() if p.spec.shard_dimension is not None
-    ]
+    sizes = [p.shape[p.spec.shard_dimension] for p in mixer.parameters() if p.spec.shard_dimension is not None]
     if isinstance(mixer, SequenceMixer):
         split = [tensor for tensor in mixer.state_tensors().values() if tensor.shard_dimension is not None]
         sizes += [tensor.shape[tensor.shard_dimension] for tensor in split]
@@ -117,9 +111,7 @@ def problem(case: Case) -> None:
             hidden = torch.zeros(3, 2, other)
             assert call(built, hidden)[0].shape == hidden.shape, f"hidden_size={other} is accepted"
     for refusal in filter(None, refusals):
-        assert "\n" not in refusal and not refusal.endswith("."), (
-            f"not one clause to end a message: {refusal!r}"
-        )
+        assert "\n" not in refusal and not refusal.endswith("."), f"not one clause to end a message: {refusal!r}"
 
 
 def hugging_face_names(case: Case) -> None:

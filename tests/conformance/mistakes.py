@@ -33,35 +33,23 @@ MISTAKES: dict[str, Mistake] = {
     "detaches_state": Mistake("cutting", {_LEVEL: 'level, decay, levels = state["level"].detach(),'}),
     "forgets_within_a_call": Mistake("cutting", {_UPDATE: 'level = decay * state["level"] +'}),
     "depends_on_length": Mistake("cutting", {_LOOP: "enumerate(inputs.float() / inputs.shape[0])"}),
-    "differs_when_decoding": Mistake(
-        "cutting", {_LOOP: "enumerate(inputs.float() * (1 + torch.is_grad_enabled()))"}
-    ),
+    "differs_when_decoding": Mistake("cutting", {_LOOP: "enumerate(inputs.float() * (1 + torch.is_grad_enabled()))"}),
     "looks_ahead": Mistake("causality", {_LOOP: "enumerate(inputs.float() + inputs.float().roll(-1, 0))"}),
-    "mixes_the_batch": Mistake(
-        "causality", {_LOOP: "enumerate(inputs.float() + inputs.float().mean(1, True))"}
-    ),
+    "mixes_the_batch": Mistake("causality", {_LOOP: "enumerate(inputs.float() + inputs.float().mean(1, True))"}),
     "remembers_nothing": Mistake("causality", {_UPDATE: "level = 0 * decay * level +"}),
     "ignores_documents": Mistake("documents", {_RESET: "level = level"}),
-    "ignores_a_first_document": Mistake(
-        "documents", {"if documents is not None:": "if documents and position:"}
-    ),
+    "ignores_a_first_document": Mistake("documents", {"if documents is not None:": "if documents and position:"}),
     "leaks_some_state": Mistake("documents", {_RESET: _RESET.replace("0.0", "1e-2")}),
     "cuts_all_gradients_at_a_start": Mistake(
         "documents",
-        {
-            _RESET: _RESET.replace(
-                "level.", "(level.detach() if documents.starts[:, position].any() else level).", 1
-            )
-        },
+        {_RESET: _RESET.replace("level.", "(level.detach() if documents.starts[:, position].any() else level).", 1)},
     ),
     "returns_another_dtype": Mistake("state", {_RETURNED: '{"level": level.double()}'}),
     "returns_another_name": Mistake("state", {_RETURNED: '{"levels": level}'}),
     "returns_another_shape": Mistake("state", {_RETURNED: '{"level": level[None]}'}),
     "starts_from_ones": Mistake(
         "state",
-        {
-            _START: 'state = {"level": torch.ones_like(inputs[0], dtype=torch.float32)} if state is None else state'
-        },
+        {_START: 'state = {"level": torch.ones_like(inputs[0], dtype=torch.float32)} if state is None else state'},
     ),
     "cuts_a_gradient": Mistake(
         "slopes", {"torch.sigmoid(self.decay)": "torch.sigmoid(self.decay.detach() + 0 * self.decay)"}
@@ -115,9 +103,7 @@ MISTAKES: dict[str, Mistake] = {
     "forgets_a_replicated_one": Mistake("cost", {"parameters_replicated=1": "parameters_replicated=0"}),
     "forgets_a_product": Mistake("cost", {"flops_per_token=2.0 * weights": "flops_per_token=1.0 * weights"}),
     "forgets_state": Mistake("cost", {"state_bytes=4 * inner": "state_bytes=2 * inner"}),
-    "accepts_every_split": Mistake(
-        "problem", {"if inner % tensor_parallel:": "if inner < tensor_parallel < 0:"}
-    ),
+    "accepts_every_split": Mistake("problem", {"if inner % tensor_parallel:": "if inner < tensor_parallel < 0:"}),
     "refuses_its_examples": Mistake("problem", {"if inner % tensor_parallel:": "if inner % 17:"}),
     "leaves_out_a_name": Mistake(
         "hugging_face_names",

@@ -18,9 +18,7 @@ PROGRAMS = "tests.conformance.programs"
 def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
-    assert error <= tolerance * scale, (
-        f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
-    )
+    assert error <= tolerance * scale, f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
 
 
 def assemble(slices: list[np.ndarray], dimension: int | None, what: str) -> np.ndarray:
@@ -35,9 +33,7 @@ def assemble(slices: list[np.ndarray], dimension: int | None, what: str) -> np.n
 
 def tensor_parallel(case: Case, pool: Callable[[int], WorkerPool], sequence: bool) -> None:
     """Outputs, final state, and gradients of inputs and parameters of two ranks together are those of one."""
-    results: list[dict[str, Any]] = pool(2).run(
-        PROGRAMS, "run_mixer", name=case.name, tensor=2, sequence=sequence
-    )
+    results: list[dict[str, Any]] = pool(2).run(PROGRAMS, "run_mixer", name=case.name, tensor=2, sequence=sequence)
     one = programs.run_mixer(case.name, tensor=1, sequence=False)
     for key in ("output", "hidden"):
         tolerance = OUTPUT_TOLERANCE if key == "output" else GRADIENT_TOLERANCE

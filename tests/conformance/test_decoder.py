@@ -77,9 +77,7 @@ def test_logits_in_calls_that_hand_on_states_are_those_of_one_pass(lengths: list
         parts.append(logits)
     tools.assert_close(torch.cat(parts, dim=1), whole, TOLERANCE, "logits")
     assert states.keys() == final.keys()
-    assert (
-        len(final) == sum(block.mixer is not None for block in decoder.layers.values()) < len(decoder.layers)
-    )
+    assert len(final) == sum(block.mixer is not None for block in decoder.layers.values()) < len(decoder.layers)
     for layer, state in final.items():
         tools.assert_all_close(states[layer], state, TOLERANCE, f"state of layer {layer}")
 
@@ -97,12 +95,8 @@ def test_documents_in_one_sequence_are_documents_alone() -> None:
                 layer: {name: tensor[row : row + 1] for name, tensor in state.items()}
                 for layer, state in states.items()
             }
-            alone, end = decoder.logits(
-                tokens[row : row + 1, first:last], None if starts[row, first] else own
-            )
-            tools.assert_close(
-                packed[row : row + 1, first:last], alone, TOLERANCE, f"tokens {first} to {last}"
-            )
+            alone, end = decoder.logits(tokens[row : row + 1, first:last], None if starts[row, first] else own)
+            tools.assert_close(packed[row : row + 1, first:last], alone, TOLERANCE, f"tokens {first} to {last}")
         for layer, state in end.items():
             of_row = {name: tensor[row : row + 1] for name, tensor in final[layer].items()}
             tools.assert_all_close(of_row, state, TOLERANCE, f"final state of layer {layer}")
@@ -139,9 +133,7 @@ def test_gradient_is_that_of_the_cross_entropy_of_the_logits() -> None:
     tokens, labels, starts = training_batch()
     found = gradients(decoder)
     logits, _ = decoder.logits(tokens, document_starts=starts)
-    loss = functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
     expected = tools.gradients(loss, decoder, {})
     tools.assert_every_parameter_matters(decoder, expected)
     tools.assert_all_close(found, expected, GRADIENT_TOLERANCE, "gradient")

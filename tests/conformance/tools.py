@@ -81,14 +81,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) 
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     scale = float(expected.detach().abs().max())
     error = float((actual.detach().float() - expected.detach().float()).abs().max())
-    assert error <= tolerance * scale, (
-        f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
-    )
+    assert error <= tolerance * scale, f"{what}: differs by {error:.2g} where the largest value is {scale:.2g}"
 
 
-def assert_all_close(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, what: str
-) -> None:
+def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, what: str) -> None:
     assert actual.keys() == expected.keys(), f"{what}: {sorted(actual)}, not {sorted(expected)}"
     for name, tensor in actual.items():
         assert_close(tensor, expected[name], tolerance, f"{what}, {name}")
@@ -96,9 +92,7 @@ def assert_all_close(
 
 def assert_every_parameter_matters(mixer: nn.Module, found: Mapping[str, Tensor]) -> None:
     for name, _ in mixer.named_parameters():
-        assert found[name].abs().max() > 0, (
-            f"the gradient of {name} is zero: the check would prove nothing of it"
-        )
+        assert found[name].abs().max() > 0, f"the gradient of {name} is zero: the check would prove nothing of it"
 
 
 def call(mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, State]:

@@ -17,9 +17,7 @@ from pretrain.parallel.topology import build_topology, megatron_config
 from tests.configurations import TINY_MODEL, tiny_config
 
 
-def model_section(
-    mixer: dict[str, Any] | None = None, channel: dict[str, Any] | None = None, **keys: Any
-) -> dict:
+def model_section(mixer: dict[str, Any] | None = None, channel: dict[str, Any] | None = None, **keys: Any) -> dict:
     """The tiny model of two layers, with other keys of the model and of its one block."""
     tiny = TINY_MODEL["blocks"]["mlstm"]
     block = {"mixer": tiny["mixer"] | (mixer or {}), "channel": tiny["channel"] | (channel or {})}
@@ -60,9 +58,7 @@ def write_run(directory: Path, model: dict[str, Any] | None = None, **sections: 
     """A run directory with one checkpoint of step 7, and the model in it."""
     config = tiny_config(str(directory), model=model or model_section(), **sections)
     decoder = random_decoder(config)
-    write_checkpoint(
-        directory / "checkpoints", 7, pieces_of(decoder), {"config": config.model_dump(mode="json")}
-    )
+    write_checkpoint(directory / "checkpoints", 7, pieces_of(decoder), {"config": config.model_dump(mode="json")})
     return directory, decoder
 
 

@@ -170,9 +170,7 @@ def test_a_wrong_name_is_found_and_leaves_nothing(tmp_path: Path, monkeypatch: p
 def test_a_model_without_a_native_class_is_refused(tmp_path: Path) -> None:
     blocks = model_section()["blocks"] | {"channel_only": {"channel": {"type": "swiglu"}}}
     run, _ = write_run(tmp_path / "run", model_section(layers=["mlstm", "channel_only"], blocks=blocks))
-    with pytest.raises(
-        InputError, match=r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)"
-    ):
+    with pytest.raises(InputError, match=r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)"):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -199,8 +197,7 @@ def test_a_mixer_of_another_family_is_refused(tmp_path: Path, monkeypatch: pytes
         (
             model_section(
                 layers=["mlstm", "other"],
-                blocks=model_section()["blocks"]
-                | {"other": model_section({"num_heads": 2})["blocks"]["mlstm"]},
+                blocks=model_section()["blocks"] | {"other": model_section({"num_heads": 2})["blocks"]["mlstm"]},
             ),
             "one num_heads .* model.blocks.mlstm.mixer needs 4 and model.blocks.other.mixer needs 2",
         ),

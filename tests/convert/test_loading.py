@@ -74,9 +74,7 @@ def _write(directory: Path, pieces: list, model: dict | None = None, state: dict
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     pieces = list(pieces_of(random_decoder(tiny_config(model=model_section()))))
     run = _write(tmp_path, [piece for piece in pieces if piece.name != "layers.1.mixer.output.weight"])
-    with pytest.raises(
-        InputError, match="another model: it lacks 1 tensors .*'layers.1.mixer.output.weight'"
-    ):
+    with pytest.raises(InputError, match="another model: it lacks 1 tensors .*'layers.1.mixer.output.weight'"):
         load_decoder(run)
 
 

@@ -118,8 +118,6 @@ def test_a_tokenizer_that_decodes_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_sentencepiece_is_refused_with_a_way_out(tmp_path: Path) -> None:
     config = SentencePieceTokenizer(type="sentencepiece", path="tiny.model")
-    with pytest.raises(
-        InputError, match=r"tokenizer.type=sentencepiece .* convert tiny.model .*type=huggingface"
-    ):
+    with pytest.raises(InputError, match=r"tokenizer.type=sentencepiece .* convert tiny.model .*type=huggingface"):
         write_tokenizer(config, ByteTokenizer(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -44,9 +44,7 @@ def byte_documents(contents: list[bytes]) -> TokenizedDocuments:
     return TokenizedDocuments(tokens, offsets, counts)
 
 
-def byte_samples(
-    contents: list[bytes], sequence_length: int, seed: int = 0, shuffled: bool = True
-) -> PackedSamples:
+def byte_samples(contents: list[bytes], sequence_length: int, seed: int = 0, shuffled: bool = True) -> PackedSamples:
     """Packed samples over ``contents`` with the bytes tokenizer's ids."""
     lengths = np.ones(257, dtype=np.int64)
     lengths[MARK] = 0
@@ -55,9 +53,7 @@ def byte_samples(
 
 def random_contents(rng: np.random.Generator, count: int, longest: int) -> list[bytes]:
     """``count`` documents of 1 to ``longest`` random bytes."""
-    return [
-        rng.integers(0, 256, rng.integers(1, longest + 1), dtype=np.uint8).tobytes() for _ in range(count)
-    ]
+    return [rng.integers(0, 256, rng.integers(1, longest + 1), dtype=np.uint8).tobytes() for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

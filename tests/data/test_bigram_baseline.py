@@ -51,9 +51,7 @@ def test_against_dictionaries(splits: tuple[PackedSamples, PackedSamples]) -> No
 
 def test_on_fewer_training_tokens(splits: tuple[PackedSamples, PackedSamples]) -> None:
     train, held_out = splits
-    expected = slow_bits_per_byte(
-        train.documents.tokens.tolist()[:100], held_out.documents.tokens.tolist(), 257
-    )
+    expected = slow_bits_per_byte(train.documents.tokens.tolist()[:100], held_out.documents.tokens.tolist(), 257)
     assert bigram_bits_per_byte(train, held_out, training_tokens=100) == pytest.approx(expected, rel=1e-12)
 
 

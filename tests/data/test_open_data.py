@@ -19,8 +19,7 @@ from data.sources import open_source
 
 def config(source: dict, **settings: object) -> DataConfig:
     return DataConfig.model_validate(
-        {"source": source, "tokenizer": {"type": "bytes"}, "sequence_length": 32, "held_out_fraction": 0.1}
-        | settings
+        {"source": source, "tokenizer": {"type": "bytes"}, "sequence_length": 32, "held_out_fraction": 0.1} | settings
     )
 
 
@@ -95,9 +94,7 @@ def test_a_changed_file_is_read_again(text_directory: Path, tmp_path: Path) -> N
     (text_directory / "odd" / "7.txt").write_text("another length of text")
     second = open_data(cached, seed=0)
     assert second.fingerprint != first.fingerprint
-    assert b"another length of text" in stored_documents(second, "train") + stored_documents(
-        second, "held_out"
-    )
+    assert b"another length of text" in stored_documents(second, "train") + stored_documents(second, "held_out")
 
 
 def test_one_cache_serves_many_configs(text_directory: Path, tmp_path: Path, bpe_file: Path) -> None:
@@ -119,8 +116,7 @@ def test_several_processes_may_open_at_once(text_directory: Path, tmp_path: Path
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [
-        context.Process(target=_fingerprint_in_a_process, args=(cached.model_dump(), results))
-        for _ in range(4)
+        context.Process(target=_fingerprint_in_a_process, args=(cached.model_dump(), results)) for _ in range(4)
     ]
     for process in processes:
         process.start()
@@ -250,9 +246,7 @@ def test_empty_and_small_sources(tmp_path: Path, text_directory: Path) -> None:
 
 
 def test_the_standard_library_end_to_end() -> None:
-    data = open_data(
-        config({"type": "standard_library"}, sequence_length=256, held_out_fraction=0.02), seed=0
-    )
+    data = open_data(config({"type": "standard_library"}, sequence_length=256, held_out_fraction=0.02), seed=0)
     assert data.summary.train.counts.bytes > 10_000_000
     assert data.summary.train.counts.documents > 500 < 50 * data.summary.held_out.counts.documents
     batch = data.train.batch(range(16))

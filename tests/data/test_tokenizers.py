@@ -21,15 +21,11 @@ BYTES = open_tokenizer(BytesTokenizer(type="bytes"))
 
 
 def open_bpe(path: Path, boundary_token: str = "<|endoftext|>") -> Tokenizer:
-    return open_tokenizer(
-        HuggingFaceTokenizer(type="huggingface", path=str(path), boundary_token=boundary_token)
-    )
+    return open_tokenizer(HuggingFaceTokenizer(type="huggingface", path=str(path), boundary_token=boundary_token))
 
 
 def open_sentencepiece(path: Path, boundary_token: str = "</s>") -> Tokenizer:
-    return open_tokenizer(
-        SentencePieceTokenizer(type="sentencepiece", path=str(path), boundary_token=boundary_token)
-    )
+    return open_tokenizer(SentencePieceTokenizer(type="sentencepiece", path=str(path), boundary_token=boundary_token))
 
 
 def test_bytes_round_trip(hostile_document: bytes) -> None:

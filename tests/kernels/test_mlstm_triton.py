@@ -112,9 +112,7 @@ CASES = {
     "epsilon of weight, closed inputs": dict(
         sizes=(1, 45, 2, 16, 16), chunk_size=16, epsilon=0.1, document_rate=0.1, closed_inputs=True
     ),
-    "epsilon of weight, wide gates": dict(
-        sizes=(1, 60, 2, 16, 16), chunk_size=32, epsilon=0.1, gate_scale=4.0
-    ),
+    "epsilon of weight, wide gates": dict(sizes=(1, 60, 2, 16, 16), chunk_size=32, epsilon=0.1, gate_scale=4.0),
 }
 
 

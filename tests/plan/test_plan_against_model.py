@@ -53,9 +53,7 @@ def _counter() -> FlopCounterMode:
         ("xlstm_7b", 6_865_424_896),
     ],
 )
-def test_published_sizes_in_the_plan_and_in_the_model(
-    load: Callable[..., Config], name: str, published: int
-) -> None:
+def test_published_sizes_in_the_plan_and_in_the_model(load: Callable[..., Config], name: str, published: int) -> None:
     config = load(f"runs/{name}.yaml", *ONE_PROCESS)
     with torch.device("meta"):
         model = _model(config)
@@ -125,9 +123,7 @@ class _CellOnGPU(torch.autograd.Function):
     """Keeps what the Triton cell keeps: its inputs, its output, four scalars per token and head."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, input_gate: Tensor, forget_gate: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, input_gate: Tensor, forget_gate: Tensor) -> Tensor:
         output = value.clone()
         scalars = [torch.zeros(forget_gate.shape) for _ in range(4)]
         ctx.save_for_backward(query, key, value, forget_gate, output, *scalars)

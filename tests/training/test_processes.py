@@ -28,9 +28,7 @@ def unbroken(tmp_path_factory):
 def start_and_wait_for_step(config, step, *overrides, processes=0):
     """A running process that has printed its figures of ``step``."""
     command = pretrain_command("train", config, *overrides, processes=processes)
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = []
     for line in process.stdout:
         output.append(line)

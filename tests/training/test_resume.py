@@ -61,7 +61,6 @@ def cut_after(source, directory, step):
     return directory
 
 
-
 @pytest.mark.parametrize(
     "layout", ["single", "single_zero0", "tensor2", "pipeline2", "data2_zero1", "data2_zero2", "data2_zero3"]
 )
