@@ -31,7 +31,7 @@ from pretrain.observe.environment import (
 Level = Literal["error", "warning", "information"]
 
 _OLDEST_PYTHON = (3, 11)
-_TOP_LEVEL_NAMES = ("kernels", "data", "pretrain", "launch")
+_TOP_LEVEL_NAMES = ("kernels", "data", "pretrain")
 # Packages that only one feature needs; training works without it.
 _ONLY_FOR = {
     "wandb": "the section 'wandb' of a configuration",

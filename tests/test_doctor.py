@@ -180,3 +180,8 @@ def test_it_works_where_only_the_standard_library_is_installed() -> None:
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
     assert done.returncode == EXIT_BAD_INPUT, done.stderr
     assert "torch: cannot be imported" in done.stdout and "-> pip install 'torch" in done.stdout
+
+
+def test_this_installation_is_sound() -> None:
+    """The tests' own environment has what training needs: nothing here is an error."""
+    assert [finding for finding in doctor.examine() if not finding.ok and finding.level == "error"] == []
