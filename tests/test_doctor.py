@@ -184,6 +184,8 @@ def test_it_works_where_only_the_standard_library_is_installed() -> None:
 
 def test_this_installation_is_sound() -> None:
     """The tests' own environment has the packages, and ours are found under their names."""
-    of_software = [finding for finding in examine() if finding.name.startswith(("name ", "packages", "Python", "torch"))]
+    of_software = [
+        finding for finding in examine() if finding.name.startswith(("name ", "packages", "Python", "torch"))
+    ]
     assert len(of_software) >= 5
     assert [finding for finding in of_software if not finding.ok] == []
