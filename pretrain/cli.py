@@ -225,6 +225,8 @@ def main() -> None:
     """Runs a command and turns what it raises into a sentence and an exit code."""
     # Megatron-core warns, each time it is imported, of optional packages that nothing here needs.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    # And torch of the names by which Megatron-core and DeepSpeed call its collectives.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         app()
     except (InputError, DataError) as error:
