@@ -32,8 +32,8 @@ def bigram_bits_per_byte(
     included, the input token at the same position being the context.
 
     Fits on at most the first ``training_tokens`` stored tokens; scores the samples ``held_out_indices``, or all.
-    Raises ``DataError`` for a vocabulary above
-    ``LARGEST_VOCABULARY``, whose table of pairs would not fit, and for labels that stand for no bytes.
+    Raises ``DataError`` for a vocabulary above ``LARGEST_VOCABULARY``, whose table of pairs would not fit, and for
+    labels that stand for no bytes.
     """
     vocab_size = len(train.token_byte_lengths)
     if vocab_size > LARGEST_VOCABULARY:

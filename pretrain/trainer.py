@@ -19,7 +19,7 @@ from pretrain.checkpoint.training import (
 )
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
-from pretrain.evaluate.held_out import HeldOutLoss, evaluate_held_out
+from pretrain.evaluate.held_out import evaluate_held_out
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
@@ -121,7 +121,7 @@ class Trainer:
 
     def _announce(self, start_from: Path | None, changed: dict[str, tuple]) -> None:
         summary, steps = self.data.summary, self.config.train.steps
-        for key, (before, now) in (changed or {}).items():
+        for key, (before, now) in changed.items():
             self.observer.message(f"changed since the run began: {key} {before} -> {now}")
         self.observer.message(
             f"{summary.train.counts.tokens:,} training tokens in {summary.train.counts.documents:,} documents, "
@@ -164,7 +164,7 @@ class Trainer:
                 f"({position.skipped_steps} so far, {position.skipped_in_a_row} in a row)"
             )
 
-    def evaluate(self) -> HeldOutLoss:
+    def evaluate(self) -> BatchLoss:
         """Loss on held-out samples, recorded with the last step."""
         loss = evaluate_held_out(
             self.engine.model,

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from data.order import rank_share
 from data.packing import PackedSamples
 from pretrain.models.decoder import Decoder
-from pretrain.parallel.schedule import run_schedule
+from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Mean loss over held-out labels.
-
-    Attributes:
-        nats_per_token: cross-entropy per label.
-        bits_per_byte: the same text's cross-entropy in bits, over its bytes; compares across tokenizers.
-        labels: how many labels it is the mean of.
-    """
-
-    nats_per_token: float
-    bits_per_byte: float
-    labels: int
 
 
 def held_out_indices(samples: PackedSamples, count: int) -> list[int]:
@@ -44,7 +27,7 @@ def evaluate_held_out(
     count: int,
     micro_batch_size: int,
     topology: Topology,
-) -> HeldOutLoss:
+) -> BatchLoss:
     """Evaluates at most ``count`` held-out samples over all ranks; every rank returns the same figures."""
     indices = held_out_indices(samples, count)
     # Indices behind the last sample are rows of padding: every rank runs equally many micro-batches.
@@ -56,8 +39,4 @@ def evaluate_held_out(
     decoder.eval()
     loss = run_schedule(model, decoder, batches, topology.device, train=False)
     decoder.train(was_training)
-    return HeldOutLoss(
-        nats_per_token=loss.nats_per_token,
-        bits_per_byte=loss.bits_per_byte,
-        labels=loss.labels,
-    )
+    return loss

@@ -50,9 +50,9 @@ class Decoder(nn.Module):
     ``config``, ``model_type`` and ``set_input_tensor`` are what Megatron-core's pipeline schedules ask for.
     """
 
-    def __init__(self, model: ModelConfig, megatron: TransformerConfig, recompute: str = "none"):
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig):
         super().__init__()
-        self.model, self.config, self.recompute = model, megatron, recompute
+        self.model, self.config = model, megatron
         self.model_type = ModelType.encoder_or_decoder
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         final = {}
         for layer, block in self.layers.items():
             state = None if states is None else states.get(layer)
-            if self.recompute == "block" and torch.is_grad_enabled():
+            if self.config.recompute_granularity is not None and torch.is_grad_enabled():
                 hidden, state = checkpoint(block, hidden, state, documents, use_reentrant=False)
             else:
                 hidden, state = block(hidden, state, documents)

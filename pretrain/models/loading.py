@@ -39,7 +39,7 @@ class LoadedModel:
 def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
     """Reads a model whole into this process, whatever layout it was trained with.
 
-    Builds process groups of its own and drops those of an earlier call, so it is not for use inside a
+    Builds the process groups of one process and drops those of another layout, so it is not for use inside a
     training process.
 
     Args:

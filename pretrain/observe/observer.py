@@ -6,7 +6,6 @@ import time
 from types import TracebackType
 
 from pretrain.config.schema import Config
-from pretrain.evaluate.held_out import HeldOutLoss
 from pretrain.observe.metrics import MetricsLog
 from pretrain.observe.progress import Progress
 from pretrain.observe.run_directory import RunDirectory
@@ -86,7 +85,7 @@ class Observer:
         }
         self.progress.update(step, self.pending)
 
-    def evaluated(self, step: int, loss: HeldOutLoss) -> None:
+    def evaluated(self, step: int, loss: BatchLoss) -> None:
         """Adds an evaluation to the figures of the step that it followed."""
         if self.is_main:
             self.pending |= {

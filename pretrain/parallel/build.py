@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from pretrain.config.schema import Config
 from pretrain.models.decoder import Decoder
 from pretrain.optimizer.adamw import build_adamw
@@ -13,8 +11,7 @@ from pretrain.parallel.topology import Topology, megatron_config
 
 def build_model(config: Config) -> Decoder:
     """This rank's part of the model on the CPU, not yet filled; the groups must exist."""
-    megatron: TransformerConfig = megatron_config(config)
-    return Decoder(config.model, megatron, config.train.recompute)
+    return Decoder(config.model, megatron_config(config))
 
 
 def build_engine(model: Decoder, config: Config, topology: Topology) -> Engine:

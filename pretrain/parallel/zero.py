@@ -88,7 +88,7 @@ class ZeroEngine(Engine):
             mpu=_ModelParallelUnit(),
             dist_init_required=False,
         )
-        self._create_moments(steps=0)
+        self._create_moments()
         if self.stage >= 2:
             self._sum_partial_gradients_by_hook()
             model.config.no_sync_func = self._not_the_last_micro_batch
@@ -142,7 +142,7 @@ class ZeroEngine(Engine):
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def _create_moments(self, steps: int) -> None:
+    def _create_moments(self) -> None:
         """Makes AdamW's state before its first step, as that step would.
 
         ZeRO 1 and 2 link every parameter to its piece of that state once, after the first parameter group's
@@ -150,7 +150,7 @@ class ZeroEngine(Engine):
         """
         for partition in self._partitions():
             self.optimizer.state[partition] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(0.0),
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):

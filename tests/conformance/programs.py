@@ -79,9 +79,9 @@ def first_weights(name: str, tensor: int, seed: int) -> tuple[dict[str, np.ndarr
 
 def decoder_of(model: dict[str, Any], recompute: str = "none", **parallel: int) -> Decoder:
     """This rank's part of a decoder of this ``model`` section, its parameters away from their first values."""
-    config = tiny_config(model=model, parallel={"zero": 0} | parallel)
+    config = tiny_config(model=model, parallel={"zero": 0} | parallel, train={"recompute": recompute})
     build_topology(config)
-    decoder = Decoder(config.model, megatron_config(config), recompute)
+    decoder = Decoder(config.model, megatron_config(config))
     initialise_weights(decoder, seed=1)
     with torch.no_grad():
         for name, parameter in declared_parameters(decoder):

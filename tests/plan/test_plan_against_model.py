@@ -31,7 +31,7 @@ ONE_PROCESS = ("train.device=cpu", "parallel.tensor=1", "parallel.sequence=false
 
 def _model(config: Config) -> Decoder:
     build_topology(config)
-    return Decoder(config.model, megatron_config(config), config.train.recompute)
+    return Decoder(config.model, megatron_config(config))
 
 
 def _baddbmm_flops(_: object, left: torch.Size, right: torch.Size, **__: object) -> int:
