@@ -1,6 +1,6 @@
 """Compile the Triton kernels of this package ahead of time, for GPUs that need not be present.
 
-`python -m kernels.compile` prints, for every registered kernel at the head shapes of the 7B xLSTM in bf16 and
+`python -m kernels.compile` prints, for every kernel at the shapes of 7B models in bf16 and
 for every target, the registers per thread, the bytes spilled to memory, the shared memory per program and the
 size of the binary. The launches are those that training makes: the launch code runs on tensors of the `meta`
 device, with an executor that lists launches instead of running them.
@@ -12,6 +12,7 @@ it ships.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -43,36 +44,32 @@ _TYPES = {
 }
 
 
-def _mlstm_launches() -> list[Launch]:
-    """Forward and backward of the mLSTM: 8 heads of 256 x 512, 8192 tokens, packed documents."""
-    from kernels.mlstm.chunkwise_triton import mlstm_backward, mlstm_forward
-    from kernels.mlstm.state import zero_state
-    from kernels.mlstm.triton_problem import Problem
+def families() -> dict[str, Callable[[], list[Launch]]]:
+    """Every family of kernels that can be compiled: each folder beside this file with a ``compiled.py``.
 
-    batch, sequence, heads, query_key_size, value_size = 1, 8192, 8, 256, 512
-    options = {"device": "meta", "dtype": torch.bfloat16}
-    query = torch.empty(batch, sequence, heads, query_key_size, **options)
-    value = torch.empty(batch, sequence, heads, value_size, **options)
-    gate = torch.empty(batch, sequence, heads, device="meta")
-    starts = torch.empty(batch, sequence, device="meta", dtype=torch.bool)
-    state = zero_state(query, value)
-    found: list[Launch] = []
-    problem = Problem.of(query, value, chunk=64, epsilon=1e-6, has_documents=True)
-    output, _, denominator, gates = mlstm_forward(problem, query, query, value, gate, gate, state, starts, found.append)
-    mlstm_backward(
-        problem, query, query, value, gate, state.matrix, state.normalizer, output, denominator, gates,
-        output, state, found.append,
-    )  # fmt: skip
+    Its ``launches()`` lists the launches that training makes at 7B head shapes in bf16.
+    """
+    found = {}
+    for folder in sorted(Path(__file__).parent.iterdir()):
+        if (folder / "compiled.py").is_file():
+            found[folder.name] = importlib.import_module(f"kernels.{folder.name}.compiled").launches
     return found
 
 
-# Every family of kernels, as a function that lists its launches at 7B head shapes in bf16.
-REGISTERED: dict[str, Callable[[], list[Launch]]] = {"mlstm": _mlstm_launches}
-
-
 def registered_launches() -> list[Launch]:
-    """The launches of all registered families, each kernel once."""
-    found = {launch.kernel.__name__: launch for family in REGISTERED.values() for launch in family()}
+    """The launches of all families, each kernel once.
+
+    Raises:
+        ValueError: two families have a kernel of the same name.
+    """
+    owners: dict[str, str] = {}
+    found: dict[str, Launch] = {}
+    for family, launches in families().items():
+        for launch in launches():
+            name = launch.kernel.__name__
+            if owners.setdefault(name, family) != family:
+                raise ValueError(f"kernels.{family} and kernels.{owners[name]} both have a kernel named {name}")
+            found[name] = launch
     return list(found.values())
 
 
