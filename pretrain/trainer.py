@@ -20,12 +20,13 @@ from pretrain.checkpoint.training import (
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.evaluate.held_out import evaluate_held_out
+from pretrain.models.decoder import metric_reductions
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.optimizer.learning_rate import learning_rate
-from pretrain.parallel.agreement import on_every_rank, on_main_rank
+from pretrain.parallel.agreement import combine_ranks, on_every_rank, on_main_rank
 from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
@@ -138,6 +139,8 @@ class Trainer:
         """Reads the next global batch, updates the weights, and moves the position on."""
         config, topology, position = self.config, self.topology, self.position
         self.observer.start_step()
+        # What an evaluation left behind.
+        self.engine.decoder.take_metrics()
         indices = range(position.samples, position.samples + config.train.global_batch_size)
         shares = rank_share(indices, config.train.micro_batch_size, topology.data_rank, topology.data_size)
         micro_batches = [self.data.train.batch(share) for share in shares]
@@ -157,12 +160,18 @@ class Trainer:
         position.tokens += tokens
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
-        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens)
+        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, self._mixer_metrics())
         if not result.applied:
             self.observer.message(
                 f"step {position.step}: the gradient is not finite; the step was skipped "
                 f"({position.skipped_steps} so far, {position.skipped_in_a_row} in a row)"
             )
+
+    def _mixer_metrics(self) -> dict[str, float]:
+        reductions = metric_reductions(self.config.model)
+        if not reductions:
+            return {}
+        return combine_ranks(self.engine.decoder.take_metrics(), reductions, self.topology.device)
 
     def evaluate(self) -> BatchLoss:
         """Loss on held-out samples, recorded with the last step."""

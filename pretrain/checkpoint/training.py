@@ -52,6 +52,7 @@ def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
         sharded = parameter.spec.shard_dimension
         shape = engine.shapes[name]
         writes = topology.data_rank == 0 and (sharded is not None or topology.tensor_rank == 0)
+        writes = writes and not parameter.spec.pipeline_copy
         for kind in ("weight", *MOMENTS):
             tensor = engine.read_state(name, kind)
             if tensor is None or not writes:

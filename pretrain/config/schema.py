@@ -36,7 +36,9 @@ class ModelConfig(StrictModel):
         min_length=1, description="names of blocks, one per layer; a shorter list is a pattern that repeats"
     )
     blocks: dict[str, BlockConfig] = Field(min_length=1, description="the blocks that `layers` names")
-    norm_epsilon: float = Field(1e-6, gt=0, description="epsilon of the RMS norms")
+    norm: Literal["rms", "layer"] = Field("rms", description="norm before each mixer and before the head; no biases")
+    norm_epsilon: float = Field(1e-6, gt=0, description="epsilon of the norms")
+    tie_embeddings: bool = Field(False, description="the head's weight is the embedding's")
     output_logit_soft_cap: float | None = Field(
         None, gt=0, description="logits are capped to +-this by c*tanh(x/c); null leaves them as they are"
     )

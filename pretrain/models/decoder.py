@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.schema import BlockConfig, ModelConfig
-from pretrain.models.linear import ColumnParallelProjection, RMSNorm, no_initialisation
-from pretrain.models.mixer import Documents, LayerContext, State
+from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
+from pretrain.models.mixer import Documents, LayerContext, MeasuredModule, State
+from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, small_normal
 from pretrain.models.registry import family_of
 
@@ -24,13 +25,13 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, model: ModelConfig, context: LayerContext):
         super().__init__()
-        norm = (model.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
+        norm, sizes = NORMS[model.norm], (model.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
         self.mixer = self.channel = None
         if config.mixer is not None:
-            self.mixer_norm = RMSNorm(*norm)
+            self.mixer_norm = norm(*sizes)
             self.mixer = family_of(config.mixer).module(config.mixer, context)
         if config.channel is not None:
-            self.channel_norm = RMSNorm(*norm)
+            self.channel_norm = norm(*sizes)
             self.channel = family_of(config.channel).module(config.channel, context)
 
     def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State | None]:
@@ -41,6 +42,19 @@ class Block(nn.Module):
         if self.channel is not None:
             hidden = hidden + self.channel(self.channel_norm(hidden))
         return hidden, state
+
+
+def metric_reductions(model: ModelConfig) -> dict[str, str]:
+    """How each figure that the model's mixers report combines over layers and ranks: ``max`` or ``sum``.
+
+    The same on every rank, whatever layers its stage holds.
+    """
+    reductions: dict[str, str] = {}
+    for block in model.blocks.values():
+        for config in (block.mixer, block.channel):
+            if config is not None:
+                reductions |= family_of(config).module.METRICS
+    return dict(sorted(reductions.items()))
 
 
 class Decoder(nn.Module):
@@ -61,8 +75,8 @@ class Decoder(nn.Module):
 
         per_stage = model.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
         first = per_stage * parallel_state.get_pipeline_model_parallel_rank()
-        spec = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0, weight_decay=False)
-        if self.is_first_stage:
+        # A head that is tied to the embedding needs it on its own stage too.
+        if self.is_first_stage or (self.is_last_stage and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
                 model.vocab_size,
                 model.hidden_size,
@@ -70,15 +84,34 @@ class Decoder(nn.Module):
                 reduce_scatter_embeddings=megatron.sequence_parallel,
                 config=megatron,
             )
+            spec = ParameterSpec(
+                small_normal(model.hidden_size),
+                shard_dimension=0,
+                weight_decay=False,
+                pipeline_copy=not self.is_first_stage,
+            )
             declare(self.embedding.weight, spec)
         self.layers = nn.ModuleDict()
         for layer in range(first, first + per_stage):
             context = LayerContext(model.hidden_size, layer, model.num_layers, megatron)
             self.layers[str(layer)] = Block(model.block(layer), model, context)
         if self.is_last_stage:
-            self.output_norm = RMSNorm(model.hidden_size, model.norm_epsilon, megatron.sequence_parallel)
+            norm = NORMS[model.norm]
+            self.output_norm = norm(model.hidden_size, model.norm_epsilon, megatron.sequence_parallel)
+        if self.is_last_stage and model.tie_embeddings:
+            self.tied_head = TiedProjection(model.hidden_size, model.vocab_size, megatron)
+        elif self.is_last_stage:
             head = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0)
             self.head = ColumnParallelProjection(model.hidden_size, model.vocab_size, head, megatron)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Figures that the mixers of this rank's layers report, by name; a name that none reports is 0."""
+        found = {name: 0.0 for name in metric_reductions(self.model)}
+        for module in self.modules():
+            if isinstance(module, MeasuredModule):
+                for name, value in module.take_metrics().items():
+                    found[name] = found[name] + value if module.METRICS[name] == "sum" else max(found[name], value)
+        return found
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the hidden states of the stage before; called by the pipeline schedule."""
@@ -91,12 +124,18 @@ class Decoder(nn.Module):
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)``, float32."""
-        logits = self.head(self.output_norm(hidden)).float()
+        hidden = self.output_norm(hidden)
+        tied = self.model.tie_embeddings
+        logits = (self.tied_head(hidden, self.embedding.weight) if tied else self.head(hidden)).float()
         cap = self.model.output_logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _blocks(
-        self, hidden: Tensor, states: dict[str, State] | None, documents: Documents | None
+        self,
+        hidden: Tensor,
+        states: dict[str, State] | None,
+        documents: Documents | None,
+        keep_states: bool,
     ) -> tuple[Tensor, dict[str, State]]:
         final = {}
         for layer, block in self.layers.items():
@@ -105,7 +144,7 @@ class Decoder(nn.Module):
                 hidden, state = checkpoint(block, hidden, state, documents, use_reentrant=False)
             else:
                 hidden, state = block(hidden, state, documents)
-            if state is not None:
+            if state is not None and keep_states:
                 final[layer] = state
         return hidden, final
 
@@ -121,7 +160,7 @@ class Decoder(nn.Module):
             on the others hidden states for the next.
         """
         hidden = self._embed(tokens) if self.is_first_stage else self.input_tensor
-        hidden, _ = self._blocks(hidden, None, Documents(document_starts))
+        hidden, _ = self._blocks(hidden, None, Documents(document_starts), keep_states=False)
         if not self.is_last_stage:
             return hidden
         counts = labels != IGNORED_LABEL
@@ -145,5 +184,5 @@ class Decoder(nn.Module):
             ``(batch, sequence, vocabulary)`` float32, and the state of each layer.
         """
         documents = None if document_starts is None else Documents(document_starts)
-        hidden, final = self._blocks(self._embed(tokens), states, documents)
+        hidden, final = self._blocks(self._embed(tokens), states, documents, keep_states=True)
         return self._head(hidden).transpose(0, 1), final

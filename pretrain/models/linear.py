@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from pretrain.models.parameters import ParameterSpec, constant, declare, new_parameter
+from pretrain.models.parameters import ParameterSpec, declare, new_parameter
 
 
 def no_initialisation(tensor: Tensor) -> Tensor:
@@ -94,8 +95,10 @@ class Projection:
     """One of several linear maps of the same input.
 
     Attributes:
-        size: output channels, all tensor-parallel ranks together; split evenly over them.
-        weight: its declaration (``shard_dimension`` is 0).
+        size: output channels, all tensor-parallel ranks together.
+        weight: its declaration. ``shard_dimension`` 0 splits the channels evenly over the ranks. None, with
+            ``partial_gradient=True``, has every rank compute all of them for its own use (keys shared by the
+            heads of several ranks): each then knows a part of the gradient.
     """
 
     size: int
@@ -104,6 +107,8 @@ class Projection:
 
 class ColumnParallelProjections(nn.Module):
     """Several linear maps of one input, done as a single product, each split over ranks by its own outputs.
+
+    A map that every rank computes whole takes part too: the ranks' gradients of the input are summed anyway.
 
     Fusing at run time rather than in the parameters keeps each map under its own global name, so that any
     number of ranks holds whole slices of each; and under sequence parallelism the input is gathered once.
@@ -115,12 +120,15 @@ class ColumnParallelProjections(nn.Module):
         super().__init__()
         self.names = tuple(projections)
         for name, projection in projections.items():
+            if projection.weight.shard_dimension is None and not projection.weight.partial_gradient:
+                raise ValueError(f"the projection {name} is whole on every rank, so it must say partial_gradient=True")
             weight = new_parameter((projection.size, input_size), projection.weight)
             self.register_parameter(f"{name}_weight", weight)
         self.sizes = [getattr(self, f"{name}_weight").shape[0] for name in self.names]
         self.linear = _CastColumnParallelLinear(
             input_size,
-            sum(projection.size for projection in projections.values()),
+            # Megatron-core divides by the number of ranks what it is told.
+            sum(self.sizes) * parallel_state.get_tensor_model_parallel_world_size(),
             config=megatron,
             init_method=no_initialisation,
             bias=False,
@@ -129,7 +137,7 @@ class ColumnParallelProjections(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Maps ``(sequence, batch, input_size)`` to one ``(sequence, batch, size / ranks)`` per projection."""
+        """Maps ``(sequence, batch, input_size)`` to one tensor of this rank's channels per projection."""
         weights = [getattr(self, f"{name}_weight") for name in self.names]
 
         def build() -> Tensor:
@@ -148,16 +156,21 @@ class ColumnParallelProjection(_CastsWeight, ColumnParallelLinear):
         declare(self.weight, spec)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight, reduced in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+class TiedProjection(nn.Module):
+    """A column-parallel map by a weight that belongs to another module: the output head of tied embeddings."""
 
-    def __init__(self, size: int, epsilon: float, sequence_parallel: bool):
+    def __init__(self, input_size: int, output_size: int, megatron: TransformerConfig):
         super().__init__()
-        self.epsilon = epsilon
-        spec = ParameterSpec(constant(1.0), weight_decay=False, partial_gradient=sequence_parallel)
-        self.weight = new_parameter((size,), spec)
+        self.linear = _CastColumnParallelLinear(
+            input_size,
+            output_size,
+            config=megatron,
+            init_method=no_initialisation,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=True,
+        )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Same shape and dtype as ``hidden``, whose last dimension is normalised."""
-        normed = nn.functional.rms_norm(hidden.float(), self.weight.shape, self.weight, self.epsilon)
-        return normed.to(hidden.dtype)
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """``(sequence, batch, output_size / ranks)`` for this rank's ``weight``."""
+        return self.linear.forward_with(hidden, lambda: weight.to(hidden.dtype))

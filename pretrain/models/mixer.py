@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -53,15 +54,31 @@ class StateTensor:
     """One tensor of a mixer's recurrent state: its shape without the batch, and how ranks split it.
 
     Attributes:
-        shape: of the whole state, all tensor-parallel ranks together; always float32.
+        shape: of the whole state, all tensor-parallel ranks together; always float32. None is a dimension that
+            grows with the tokens read and is 0 long at the beginning, as attention's keys.
         shard_dimension: dimension of ``shape`` that is split over tensor-parallel ranks; None is replicated.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     shard_dimension: int | None
 
 
-class SequenceMixer(nn.Module):
+class MeasuredModule(nn.Module):
+    """A mixer that may report figures of its own, which the run logs with every step.
+
+    Attributes:
+        METRICS: name -> how values of layers and ranks combine, ``"max"`` or ``"sum"``. The names are the same on
+            every rank, also on those whose stage has no such layer.
+    """
+
+    METRICS: ClassVar[Mapping[str, str]] = {}
+
+    def take_metrics(self) -> dict[str, float]:
+        """A value for each name in ``METRICS`` since the last call; the next call begins anew."""
+        return {}
+
+
+class SequenceMixer(MeasuredModule):
     """Maps hidden states to hidden states along the sequence.
 
     A subclass takes ``(config, context)`` and keeps these promises, which the conformance suite checks:
@@ -81,12 +98,12 @@ class SequenceMixer(nn.Module):
 
     def initial_state(self, batch_size: int, device: torch.device) -> State:
         """This rank's part of the state before the first token: zeros, unless a mixer says otherwise."""
-        size = parallel_state.get_tensor_model_parallel_world_size()
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
         state = {}
         for name, declared in self.state_tensors().items():
-            shape = list(declared.shape)
+            shape = [0 if size is None else size for size in declared.shape]
             if declared.shard_dimension is not None:
-                shape[declared.shard_dimension] //= size
+                shape[declared.shard_dimension] //= ranks
             state[name] = torch.zeros(batch_size, *shape, dtype=torch.float32, device=device)
         return state
 
@@ -105,7 +122,7 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
 
-class ChannelMixer(nn.Module):
+class ChannelMixer(MeasuredModule):
     """Maps each position's hidden state by itself; takes ``(config, context)``."""
 
     config: MixerConfig

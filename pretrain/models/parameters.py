@@ -29,12 +29,17 @@ class ParameterSpec:
         weight_decay: whether decoupled weight decay applies.
         partial_gradient: the parameter is replicated, but each tensor-parallel rank sees only a part of its
             gradient (a part of the sequence, or of the heads), so gradients are summed over those ranks.
+        bound: the optimizer keeps every element within [-bound, bound] after each step; None leaves it free.
+        pipeline_copy: another pipeline stage holds this very parameter (a tied embedding): gradients of the
+            copies are summed, and norms and checkpoints count the parameter there.
     """
 
     initialise: Initialiser
     shard_dimension: int | None = None
     weight_decay: bool = True
     partial_gradient: bool = False
+    bound: float | None = None
+    pipeline_copy: bool = False
 
 
 def normal(standard_deviation: float) -> Initialiser:
@@ -42,6 +47,15 @@ def normal(standard_deviation: float) -> Initialiser:
 
     def fill(tensor: Tensor, generator: Generator) -> None:
         tensor.normal_(0.0, standard_deviation, generator=generator)
+
+    return fill
+
+
+def uniform(low: float, high: float) -> Initialiser:
+    """Starts from U(low, high)."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        tensor.uniform_(low, high, generator=generator)
 
     return fill
 
@@ -84,6 +98,9 @@ def declare(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
             ("partition_stride", 1),
         ):
             setattr(parameter, name, value)
+    if spec.pipeline_copy:
+        # DeepSpeed's mark: left out of the gradient norm.
+        parameter.ds_pipe_replicated = True
     return parameter
 
 

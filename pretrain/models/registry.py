@@ -64,9 +64,9 @@ class MixerConfig(StrictModel):
 class MixerCost:
     """What a mixer costs, from its configuration alone.
 
-    FLOPs count matrix products only, a multiply-add as two, so that they can be compared with torch's
-    ``FlopCounterMode``. Bytes are for one rank that holds the whole mixer; all of them split evenly over
-    tensor-parallel ranks.
+    FLOPs count matrix products, a multiply-add as two, so that they can be compared with torch's
+    ``FlopCounterMode``; what a scan does elementwise, which that counter cannot see, stands apart. Bytes are for
+    one rank that holds the whole mixer; all of them split evenly over tensor-parallel ranks.
 
     Attributes:
         parameters: number of trainable parameters, all tensor-parallel ranks together.
@@ -79,10 +79,13 @@ class MixerCost:
         executed_scan_flops_per_token: what the torch kernel really multiplies for that, forward, padding and
             masked pairs included.
         executed_scan_backward_flops_per_token: likewise backward, what the kernel computes again included.
-        state_bytes: recurrent state of one sequence.
+        state_bytes: recurrent state of one sequence; for attention after ``sequence_length`` tokens.
         activation_bytes_per_token: kept for the backward pass per token when nothing is recomputed, on a GPU;
             the mixer's input is the block's to count.
         working_bytes_per_token: held per token only while this mixer's backward pass runs.
+        elementwise_scan_flops_per_token: useful elementwise work along the sequence, forward: cells of nonlinear
+            recurrences, depthwise convolutions. One evaluation of each counts, not an iterative solver's
+            repetitions. The backward pass counts twice as much.
     """
 
     parameters: int
@@ -95,11 +98,12 @@ class MixerCost:
     state_bytes: int
     activation_bytes_per_token: float
     working_bytes_per_token: float
+    elementwise_scan_flops_per_token: float = 0.0
 
     @property
     def flops_per_token(self) -> float:
         """Useful FLOPs of one forward pass per token."""
-        return self.projection_flops_per_token + self.scan_flops_per_token
+        return self.projection_flops_per_token + self.scan_flops_per_token + self.elementwise_scan_flops_per_token
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from pretrain.config.schema import Config
@@ -66,9 +67,22 @@ class Observer:
         self._began = time.perf_counter()
 
     def finish_step(
-        self, step: int, loss: BatchLoss, result: StepResult, learning_rate: float, tokens: int, total_tokens: int
+        self,
+        step: int,
+        loss: BatchLoss,
+        result: StepResult,
+        learning_rate: float,
+        tokens: int,
+        total_tokens: int,
+        mixer_metrics: Mapping[str, float],
     ) -> None:
-        """Takes the figures of one step; ``tokens`` is how many it read, ``total_tokens`` all so far."""
+        """Takes the figures of one step.
+
+        Args:
+            tokens: how many the step read.
+            total_tokens: how many all steps so far read.
+            mixer_metrics: what the model's mixers report, over all layers and ranks.
+        """
         if not self.is_main:
             return
         rate = tokens / max(time.perf_counter() - self._began, 1e-9)
@@ -82,6 +96,7 @@ class Observer:
             "tokens_per_second": rate,
             "tflops_per_second": rate * self.flops_per_token / 1e12,
             "skipped": not result.applied,
+            **mixer_metrics,
         }
         self.progress.update(step, self.pending)
 

@@ -1,6 +1,8 @@
-"""AdamW over the declared parameters, decayed and undecayed apart."""
+"""AdamW over the declared parameters: decayed, undecayed and bounded ones apart."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,20 +11,36 @@ from pretrain.config.schema import OptimizerConfig
 from pretrain.models.parameters import declared_parameters
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay.
+class BoundedAdamW(torch.optim.AdamW):
+    """AdamW that afterwards projects the parameters of groups with a ``bound`` back into [-bound, bound].
+
+    Elementwise, and so the same over whole tensors and over ZeRO's flat partitions of a group.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            if group["bound"] is not None and group["params"]:
+                torch._foreach_clamp_min_(group["params"], -group["bound"])
+                torch._foreach_clamp_max_(group["params"], group["bound"])
+        return loss
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay and bound.
 
     The foreach form is one code path on every device and over ZeRO's flat partitions alike.
     """
-    decayed, undecayed = [], []
+    groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
     for _, parameter in declared_parameters(model):
-        (decayed if parameter.spec.weight_decay else undecayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        spec = parameter.spec
+        groups.setdefault((spec.weight_decay, spec.bound), []).append(parameter)
+    return BoundedAdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "bound": bound}
+            for (decays, bound), parameters in groups.items()
+        ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,

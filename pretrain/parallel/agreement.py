@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -55,3 +56,23 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor([float(flag)], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def combine_ranks(values: Mapping[str, float], reductions: Mapping[str, str], device: torch.device) -> dict[str, float]:
+    """Each figure's sum or largest value over all ranks, by name; a NaN among values of which the
+    largest is asked comes out as infinity.
+
+    Args:
+        values: of this rank, with the names of ``reductions``.
+        reductions: name -> ``"sum"`` or ``"max"``; the same names in the same order on every rank.
+    """
+    combined = {}
+    for kind, operation in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
+        names = [name for name, reduction in reductions.items() if reduction == kind]
+        if names:
+            # The largest of numbers and a NaN depends on the backend; infinity wins everywhere.
+            own = [math.inf if kind == "max" and math.isnan(values[name]) else values[name] for name in names]
+            tensor = torch.tensor(own, dtype=torch.float64, device=device)
+            dist.all_reduce(tensor, op=operation)
+            combined |= dict(zip(names, tensor.tolist(), strict=True))
+    return combined

@@ -76,12 +76,20 @@ class Engine(ABC):
             group["lr"] = learning_rate
 
     def sum_partial_gradients(self) -> None:
-        """Sums, over tensor-parallel ranks, gradients of which each of them holds a part."""
-        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of tied embeddings."""
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            for parameter in self.parameters.values():
+                if parameter.spec.partial_gradient and parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+        self._sum_gradients_of_tied_embeddings()
+
+    def _sum_gradients_of_tied_embeddings(self) -> None:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        holds_a_copy = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        if stages == 1 or not self.decoder.model.tie_embeddings or not holds_a_copy:
             return
-        for parameter in self.parameters.values():
-            if parameter.spec.partial_gradient and parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+        # Megatron-core's group of the first and the last stage.
+        dist.all_reduce(self.parameters["embedding.weight"].grad, group=parallel_state.get_embedding_group())
 
 
 class ReplicatedEngine(Engine):
@@ -115,7 +123,9 @@ class ReplicatedEngine(Engine):
         counted = [
             parameter.grad
             for parameter in self.parameters.values()
-            if parameter.grad is not None and (parameter.spec.shard_dimension is not None or first)
+            if parameter.grad is not None
+            and (parameter.spec.shard_dimension is not None or first)
+            and not parameter.spec.pipeline_copy
         ]
         device = next(iter(self.parameters.values())).device
         total = torch.zeros((), dtype=torch.float64, device=device)

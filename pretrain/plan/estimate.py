@@ -92,10 +92,12 @@ def model_flops_per_token(config: Config) -> float:
 def hardware_flops_per_token(config: Config) -> float:
     """FLOPs that one training token really takes, masked pairs, padding and recomputation included."""
     mixers = [mixer for layer in layer_costs(config) for mixer in layer.mixers]
+    elementwise = sum(mixer.elementwise_scan_flops_per_token for mixer in mixers)
     forward = sum(mixer.projection_flops_per_token + mixer.executed_scan_flops_per_token for mixer in mixers)
     backward = sum(
         2 * mixer.projection_flops_per_token + mixer.executed_scan_backward_flops_per_token for mixer in mixers
     )
+    forward, backward = forward + elementwise, backward + 2 * elementwise
     again = forward if config.train.recompute == "block" else 0.0
     return forward + backward + again + 3 * _head_flops(config)
 
@@ -129,7 +131,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     stages = [_plan_stage(config, layers, index, data_size) for index in range(parallel.pipeline)]
     heaviest = max(stages, key=lambda stage: stage.bytes)
     embedding = config.model.vocab_size * config.model.hidden_size
-    outside_layers = 2 * embedding + config.model.hidden_size
+    outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.hidden_size
     flops = model_flops_per_token(config)
     tokens_per_step = train.global_batch_size * config.data.sequence_length
     return Plan(

@@ -125,10 +125,12 @@ class Stage:
     def parameters(self) -> int:
         """Parameters of this rank's part of the model, before ZeRO splits anything."""
         total = sum(layer.parameters_per_rank(self.config.parallel.tensor) for layer in self.layers)
-        if self.index == 0:
-            total += self.head_parameters
-        if self.is_last:
-            total += self.head_parameters + self.config.model.hidden_size
+        first, last = self.index == 0, self.is_last
+        # A tied embedding stands once on a stage, though it is both; first and last stage each have their copy.
+        tied_on_one_stage = first and last and self.config.model.tie_embeddings
+        total += self.head_parameters * (1 if tied_on_one_stage else first + last)
+        if last:
+            total += self.config.model.hidden_size
         return total
 
     def activation_bytes(self, recompute: str) -> int:
