@@ -94,7 +94,10 @@ def assemble(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     slices: dict[str, dict[int, tuple[np.ndarray, int | None]]] = {}
     for result in results:
         for name, (value, dimension, tensor_rank) in result["weights"].items():
-            slices.setdefault(name, {})[tensor_rank] = (value, dimension)
+            if tensor_rank in (held := slices.setdefault(name, {})):
+                # A tied embedding, on the first and on the last stage.
+                np.testing.assert_array_equal(value, held[tensor_rank][0], err_msg=f"copies of {name} differ")
+            held[tensor_rank] = (value, dimension)
     whole = {}
     for name, parts in slices.items():
         dimension = parts[0][1]

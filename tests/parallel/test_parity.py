@@ -35,16 +35,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2_data2_sequence_zero3": (4, {"tensor": 2, "sequence": True, "zero": 3}),
 }
 
+# Beside the tiny model: what a layout must treat in its own way.
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "tied_embeddings": {"tie_embeddings": True, "norm": "layer"},
+}
+
 
 @pytest.fixture(scope="module")
 def one_process(worker_pools):
     cache: dict[str, list[dict[str, Any]]] = {}
 
-    def run(precision: str = "float32") -> list[dict[str, Any]]:
-        if precision not in cache:
-            overrides = {"train": {"precision": precision}}
-            cache[precision] = worker_pools(1).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
-        return cache[precision]
+    def run(precision: str = "float32", model: str = "tiny") -> list[dict[str, Any]]:
+        key = f"{precision} {model}"
+        if key not in cache:
+            overrides = {"train": {"precision": precision}, "model": MODELS[model]}
+            cache[key] = worker_pools(1).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
+        return cache[key]
 
     return run
 
@@ -75,6 +82,17 @@ def test_same_as_one_process(layout, recompute, worker_pools, one_process):
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
     # float32: sums in another order differ by about 1e-6 after five steps; a missing all-reduce by 1e-3.
     assert_same_run(results, one_process(), relative=1e-5, weights=5e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["tensor2", "pipeline2_zero0", "pipeline4_zero1", "data2_zero3", "tensor2_pipeline2_sequence_zero1"],
+)
+def test_tied_embeddings_are_one_parameter_in_every_layout(layout, worker_pools, one_process):
+    processes, parallel = LAYOUTS[layout]
+    overrides = {"parallel": parallel, "model": MODELS["tied_embeddings"]}
+    results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
+    assert_same_run(results, one_process(model="tied_embeddings"), relative=1e-5, weights=5e-5)
 
 
 @pytest.mark.parametrize("layout", ["tensor2_sequence_zero1", "pipeline2_zero1", "data2_zero3", "data2_zero0"])

@@ -84,6 +84,22 @@ def test_layout_changes_at_every_resume(train, unbroken, tmp_path):
         assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
 
 
+def test_tied_embeddings_move_between_stages(train, tmp_path):
+    """The copy on the last stage is not saved, and comes back."""
+    tied = {"model": raw_config(tmp_path)["model"] | {"tie_embeddings": True}}
+    for name, layouts in (
+        ("whole", [("single", 8)]),
+        ("moved", [("pipeline2", 4), ("single_zero0", 6), ("pipeline2", 8)]),
+    ):
+        write_corpus(tmp_path / name / "corpus")
+        for layout, until in layouts:
+            train(tmp_path / name, layout, steps=until, **tied)
+    whole, moved = (curve(tmp_path / name / "run") for name in ("whole", "moved"))
+    assert moved.keys() == whole.keys()
+    for step, figures in whole.items():
+        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+
+
 def test_checkpoint_holds_the_same_in_every_layout(unbroken):
     """The first checkpoint of each layout: same names, same values to rounding."""
     reference = CheckpointReader(list_checkpoints(unbroken("single") / "run" / "checkpoints")[0])
