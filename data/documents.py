@@ -6,12 +6,13 @@ A document is stored as the boundary mark, then its tokens. A prepared directory
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -24,23 +25,56 @@ SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What a split holds. ``tokens`` counts the marks; ``bytes`` are those of the raw documents."""
+    """What a split holds. ``tokens`` counts the marks."""
 
     documents: int
     tokens: int
-    bytes: int
+    bytes: int | None  # of the raw documents; None where the tokens are read in place, which nobody has counted
     empty_documents: int  # left out, not in ``documents``
     invalid_utf8_documents: int  # with U+FFFD in place of bad bytes; only where the tokenizer reads text
-    sha256: str  # of the token ids as stored
+    sha256: str  # names the content: of the token ids as stored, or of samples of files that are read in place
+
+
+class StoredDocuments(Protocol):
+    """The tokenized documents of one split, wherever they lie. Token 0 of each is the boundary mark."""
+
+    counts: SplitCounts
+    lengths: np.ndarray  # (number of documents,) int64, the mark counted
+
+    def read(self, document: int, first: int, out: np.ndarray) -> None:
+        """Copies tokens ``first`` onwards of a document until ``out`` is full; there are at least so many."""
 
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """The documents of one split: ``tokens[offsets[d] : offsets[d + 1]]`` is document d, mark first."""
+    """Documents one behind the other: ``tokens[offsets[d] : offsets[d + 1]]`` is document d, mark first."""
 
     tokens: np.ndarray  # (number of tokens,) uint16 or uint32
     offsets: np.ndarray  # (number of documents + 1,) int64
     counts: SplitCounts
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """(number of documents,) int64."""
+        return np.diff(self.offsets)
+
+    def read(self, document: int, first: int, out: np.ndarray) -> None:
+        """Copies tokens ``first`` onwards of a document until ``out`` is full."""
+        start = int(self.offsets[document]) + first
+        out[:] = self.tokens[start : start + len(out)]
+
+
+def read_stream(documents: StoredDocuments, limit: int) -> np.ndarray:
+    """(min(limit, all tokens),) int64: documents in their stored order, up to ``limit`` tokens."""
+    stream = np.empty(min(limit, documents.counts.tokens), dtype=np.int64)
+    position = 0
+    for document, length in enumerate(documents.lengths.tolist()):
+        if position == len(stream):
+            break
+        end = min(position + length, len(stream))
+        documents.read(document, 0, stream[position:end])
+        position = end
+    return stream
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

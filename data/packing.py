@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.documents import TokenizedDocuments
+from data.documents import StoredDocuments
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 
@@ -47,7 +47,7 @@ class Batch:
 class _EpochOrder:
     """One epoch: documents in reading order and where each starts in the concatenation, samples in order."""
 
-    document_starts: np.ndarray  # (D,) where each document, in reading order, starts in the stored tokens
+    documents: np.ndarray | None  # (D,) numbers of the documents in reading order, or None for 0, 1, 2, ...
     stream_starts: np.ndarray  # (D + 1,) where it starts in the concatenation
     samples: np.ndarray | None  # (samples per epoch,) or None for 0, 1, 2, ...
 
@@ -66,7 +66,7 @@ class PackedSamples:
 
     def __init__(
         self,
-        documents: TokenizedDocuments,
+        documents: StoredDocuments,
         sequence_length: int,
         boundary_id: int,
         token_byte_lengths: np.ndarray,
@@ -80,10 +80,10 @@ class PackedSamples:
         self.token_byte_lengths = token_byte_lengths
         self.seed = seed
         self.shuffled = shuffled
-        predicted = len(documents.tokens) - 1
+        predicted = documents.counts.tokens - 1
         if predicted < (sequence_length if shuffled else 1):
             raise DataError(
-                f"the {'training' if shuffled else 'held-out'} split has {len(documents.tokens)} tokens,"
+                f"the {'training' if shuffled else 'held-out'} split has {documents.counts.tokens} tokens,"
                 f" fewer than one sample of data.sequence_length {sequence_length} + 1 needs; give more text"
                 " or lower data.sequence_length."
             )
@@ -130,7 +130,7 @@ class PackedSamples:
     def _rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(B, S + 1) int64 tokens of the samples, padded with the mark, and (B,) how many labels each has."""
         length = self.sequence_length
-        total = len(self.documents.tokens)
+        total = self.documents.counts.tokens
         rows = np.full((len(indices), length + 1), self.boundary_id, dtype=np.int64)
         valid = np.zeros(len(indices), dtype=np.int64)
         for row, index in enumerate(indices):
@@ -151,16 +151,15 @@ class PackedSamples:
 
     def _read(self, order: _EpochOrder, start: int, end: int, out: np.ndarray) -> None:
         """Copies positions start to end - 1 of the concatenation to the front of ``out``, as int64."""
-        tokens = self.documents.tokens
-        document = int(np.searchsorted(order.stream_starts, start, side="right")) - 1
+        place = int(np.searchsorted(order.stream_starts, start, side="right")) - 1
         position = start
         while position < end:
-            stream_start = int(order.stream_starts[document])
-            piece_end = min(end, int(order.stream_starts[document + 1]))
-            shift = int(order.document_starts[document]) - stream_start
-            out[position - start : piece_end - start] = tokens[position + shift : piece_end + shift]
+            document = place if order.documents is None else int(order.documents[place])
+            piece_end = min(end, int(order.stream_starts[place + 1]))
+            first = position - int(order.stream_starts[place])
+            self.documents.read(document, first, out[position - start : piece_end - start])
             position = piece_end
-            document += 1
+            place += 1
 
     def _order(self, epoch: int) -> _EpochOrder:
         # Two epochs are kept because a batch may straddle them; the lock is for threads that read ahead.
@@ -173,11 +172,12 @@ class PackedSamples:
             return order
 
     def _make_order(self, epoch: int) -> _EpochOrder:
-        offsets = self.documents.offsets
-        if not self.shuffled:
-            return _EpochOrder(offsets[:-1], offsets, None)
-        documents = permutation(len(offsets) - 1, self.seed, epoch, DOCUMENT_ORDER)
-        stream_starts = np.zeros(len(offsets), dtype=np.int64)
-        np.cumsum(np.diff(offsets)[documents], out=stream_starts[1:])
-        samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
-        return _EpochOrder(offsets[:-1][documents], stream_starts, samples)
+        lengths = self.documents.lengths
+        documents = samples = None
+        if self.shuffled:
+            documents = permutation(len(lengths), self.seed, epoch, DOCUMENT_ORDER)
+            samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
+            lengths = lengths[documents]
+        stream_starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=stream_starts[1:])
+        return _EpochOrder(documents, stream_starts, samples)

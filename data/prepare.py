@@ -10,15 +10,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from data.config import DataConfig
-from data.documents import SPLITS, SplitWriter, TokenizedDocuments, open_prepared, token_dtype
+from data.config import DataConfig, MegatronIndexedSource
+from data.documents import SPLITS, SplitWriter, StoredDocuments, TokenizedDocuments, open_prepared, token_dtype
 from data.errors import DataError
+from data.indexed import open_indexed
 from data.sources import Document, Source, Split, open_source
 from data.tokenizers import Tokenizer, open_tokenizer
 
@@ -43,14 +44,18 @@ def identity_position(identity: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> dict[Split, TokenizedDocuments]:
+def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Mapping[Split, StoredDocuments]:
     """Tokenizes the source, or opens what an earlier start has prepared in ``config.cache_directory``.
+
+    A dataset that is tokenized already is read where it lies.
 
     Any number of processes may call this at once: one does the work, the others wait for it (where the file
     system has no locks each does it, and the first to finish is kept).
     Raises ``DataError`` for bad sources, tokenizers and prepared files.
     """
     tokenizer = tokenizer or open_tokenizer(config.tokenizer)
+    if isinstance(config.source, MegatronIndexedSource):
+        return open_indexed(config.source, tokenizer, config.held_out_fraction)
     source = open_source(config.source)
     if config.cache_directory is None:
         return _tokenize_in_memory(config, source, tokenizer)
@@ -73,32 +78,22 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> dict[Spli
 
 def _tokenize(config: DataConfig, source: Source, tokenizer: Tokenizer, writers: dict[Split, SplitWriter]) -> None:
     """Sends every document of the source to its split's writer, in the source's order."""
-    lengths = tokenizer.token_byte_lengths()
     group: list[Document] = []
     group_bytes = 0
     closest = 1.0  # the smallest fraction that would hold a document out
 
-    def write(document: Document, ids: np.ndarray, raw_bytes: int, valid_utf8: bool = True) -> None:
-        nonlocal closest
-        split = document.split
-        if split is None:
-            split = "held_out" if held_out(document.identity, config.held_out_fraction) else "train"
-            if ids.size:
-                closest = min(closest, identity_position(document.identity))
-        writers[split].add(ids, raw_bytes, valid_utf8)
-
     def write_group() -> None:
+        nonlocal closest
         encoded = tokenizer.encode_many([document.content for document in group])
         for document, ids in zip(group, encoded, strict=True):
+            split: Split = "held_out" if held_out(document.identity, config.held_out_fraction) else "train"
+            if ids.size:
+                closest = min(closest, identity_position(document.identity))
             valid = not tokenizer.reads_text or _is_utf8(document.content)
-            write(document, ids, len(document.content), valid)
+            writers[split].add(ids, len(document.content), valid)
         group.clear()
 
     for document in source.documents():
-        if isinstance(document.content, np.ndarray):
-            ids = _without_boundary(document, tokenizer)
-            write(document, ids, int(lengths[ids].sum()))
-            continue
         group.append(document)
         group_bytes += len(document.content)
         if group_bytes >= GROUP_BYTES:
@@ -124,26 +119,6 @@ def _tokenize(config: DataConfig, source: Source, tokenizer: Tokenizer, writers:
             f" data.held_out_fraction {config.held_out_fraction}; {needed}give more documents, or cut large"
             " files into documents (text_files has document_separator)."
         )
-
-
-def _without_boundary(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of an already tokenized document without a mark at either end. Raises ``DataError``.
-
-    Datasets end documents with the mark, start them with it, or have none; all come out the same. A mark in
-    the middle stays: it starts a new document there.
-    """
-    ids = document.content
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
-        outside = int(ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0])
-        raise DataError(
-            f"{document.location} holds the id {outside}, but the tokenizer has the ids 0 to"
-            f" {tokenizer.vocab_size - 1}; set data.tokenizer to the tokenizer that wrote this dataset."
-        )
-    if ids.size and ids[-1] == tokenizer.boundary_id:
-        ids = ids[:-1]
-    if ids.size and ids[0] == tokenizer.boundary_id:
-        ids = ids[1:]
-    return ids
 
 
 def _is_utf8(content: bytes) -> bool:

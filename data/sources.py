@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-
 from data.config import (
     JsonlSource,
-    MegatronIndexedSource,
     SourceConfig,
     StandardLibrarySource,
     TextFilesSource,
@@ -32,16 +29,15 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class Document:
-    """One document: raw bytes, or token ids where the source is tokenized already.
+    """One document of raw bytes.
 
     ``identity`` decides the split and does not depend on where the corpus lies or in which order it is read.
-    ``location`` is what an error message names. ``split`` is set only where the user chose the split.
+    ``location`` is what an error message names.
     """
 
     identity: str
     location: str
-    content: bytes | np.ndarray
-    split: Split | None = None
+    content: bytes
 
 
 class Source(Protocol):
@@ -63,11 +59,7 @@ def open_source(config: SourceConfig) -> Source:
             return _open_text_files(config)
         case JsonlSource():
             return JsonlDocuments(config)
-        case MegatronIndexedSource():
-            from data.indexed import IndexedDocuments
-
-            return IndexedDocuments(config)
-    raise AssertionError(f"source {config!r} is in the schema but not here")
+    raise AssertionError(f"source {config!r} has no documents of text")
 
 
 def fingerprint_files(files: list[tuple[str, Path]], *settings: str) -> str:

@@ -32,7 +32,7 @@ def concatenation(contents: list[bytes], order: np.ndarray) -> list[int]:
 
 
 def document_order(samples: PackedSamples, epoch: int) -> np.ndarray:
-    return permutation(len(samples.documents.offsets) - 1, samples.seed, epoch, purpose=0)
+    return permutation(len(samples.documents.lengths), samples.seed, epoch, purpose=0)
 
 
 @settings(max_examples=60, deadline=None)

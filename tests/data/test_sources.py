@@ -118,8 +118,6 @@ def test_missing_paths(tmp_path: Path) -> None:
         source(type="text_files", path=str(tmp_path))
     with pytest.raises(DataError, match="none.jsonl matches no file"):
         source(type="jsonl", path=str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="none.idx does not exist; an indexed dataset is"):
-        source(type="megatron_indexed", path_prefix=str(tmp_path / "none"))
 
 
 def test_a_file_that_vanishes_is_named(text_directory: Path) -> None:
