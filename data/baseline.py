@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.documents import read_stream
 from data.errors import DataError
-from data.packing import IGNORED_LABEL, PackedSamples
+from data.packing import IGNORED_LABEL
+from data.samples import Samples
 
 # The table of pairs has vocab_size squared entries: 128 MiB of counts at this size.
 LARGEST_VOCABULARY = 4096
@@ -19,8 +19,8 @@ _CHUNK_SAMPLES = 64
 
 
 def bigram_bits_per_byte(
-    train: PackedSamples,
-    held_out: PackedSamples,
+    train: Samples,
+    held_out: Samples,
     training_tokens: int = DEFAULT_TRAINING_TOKENS,
     held_out_indices: Sequence[int] | None = None,
 ) -> float:
@@ -42,7 +42,7 @@ def bigram_bits_per_byte(
             f"the bigram baseline counts every pair of ids and takes vocabularies up to {LARGEST_VOCABULARY},"
             f" but this tokenizer has {vocab_size} ids; use it with the bytes tokenizer."
         )
-    pair_bits = _bigram_bits(count_pairs(read_stream(train.documents, training_tokens), vocab_size))
+    pair_bits = _bigram_bits(count_pairs(train.first_tokens(training_tokens), vocab_size))
     bits = 0.0
     label_bytes = 0
     indices = range(held_out.samples_per_epoch) if held_out_indices is None else held_out_indices

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Config(BaseModel):
@@ -84,10 +85,32 @@ SourceConfig = Annotated[
 TokenizerConfig = Annotated[BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")]
 
 
+class MixtureSource(_Config):
+    """One source of a mixture."""
+
+    source: SourceConfig
+    weight: float = Field(
+        gt=0, allow_inf_nan=False, description="share of the tokens, relative to the other sources' weights"
+    )
+
+
+class MixturePhase(_Config):
+    """Other weights from some token of the run on."""
+
+    from_tokens: int = Field(gt=0, description="tokens of the run after which these weights hold")
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        min_length=1, description="weight of each source that takes part from then on"
+    )
+
+
 class DataConfig(_Config):
     """Where documents come from, how they become tokens, and how long a sample is."""
 
-    source: SourceConfig
+    source: SourceConfig | None = Field(default=None, description="the only source; or else give mixture")
+    mixture: dict[str, MixtureSource] | None = Field(
+        default=None, min_length=1, description="several sources by name, with their weights; or else give source"
+    )
+    curriculum: list[MixturePhase] = Field(default=[], description="weights of the mixture later in the run")
     tokenizer: TokenizerConfig
     sequence_length: int = Field(ge=2, description="tokens in a sample that the model reads")
     held_out_fraction: float = Field(
@@ -96,3 +119,21 @@ class DataConfig(_Config):
     cache_directory: str | None = Field(
         default=None, description="where tokenized documents are kept for the next start; null: in memory"
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> DataConfig:
+        if (self.source is None) == (self.mixture is None):
+            raise ValueError("give either source or mixture" + (", not both" if self.source else ""))
+        if self.curriculum and self.mixture is None:
+            raise ValueError("curriculum changes the weights of a mixture, but there is none; give mixture")
+        if any(not re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in self.mixture or ()):
+            raise ValueError(f"names in mixture take letters, digits, - and _, but are {sorted(self.mixture or ())}")
+        before = 0
+        for phase in self.curriculum:
+            unknown = sorted(set(phase.weights) - set(self.mixture or ()))
+            if unknown:
+                raise ValueError(f"curriculum names the source '{unknown[0]}', but mixture has {sorted(self.mixture)}")
+            if phase.from_tokens <= before:
+                raise ValueError(f"curriculum's from_tokens must rise, but {phase.from_tokens} follows {before}")
+            before = phase.from_tokens
+        return self

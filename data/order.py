@@ -6,6 +6,7 @@ ranks, workers or micro-batches, so a run continues with exactly the next sample
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from data.errors import DataError
 # Which permutation of an epoch a random stream is for.
 DOCUMENT_ORDER = 0
 SAMPLE_ORDER = 1
+MIXTURE_OFFSETS = 2
 
 
 def permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
@@ -25,6 +27,12 @@ def permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """
     random = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(size)
     return np.argsort(random, kind="stable")
+
+
+def random_fraction(seed: int, purpose: int, name: str) -> float:
+    """A number in (0, 1) that depends on the arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest()
+    return ((int.from_bytes(digest[:8], "big") >> 11) + 0.5) / 2**53
 
 
 def rank_share(

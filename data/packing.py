@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.documents import StoredDocuments
+from data.documents import StoredDocuments, read_stream
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 
@@ -41,6 +41,30 @@ class Batch:
             label_bytes=self.label_bytes,
             label_count=self.label_count,
         )
+
+
+def document_starts(rows: np.ndarray, boundary_id: int) -> np.ndarray:
+    """Where the state restarts: at every mark, and at the first token, since nothing is carried between samples."""
+    starts = rows == boundary_id
+    starts[:, 0] = True
+    return starts
+
+
+def make_batch(rows: np.ndarray, valid: np.ndarray, boundary_id: int, token_byte_lengths: np.ndarray) -> Batch:
+    """A batch of (B, S + 1) tokens of which the first ``valid[b]`` predictions of each row count."""
+    labels = rows[:, 1:].copy()
+    label_count = int(valid.sum())
+    label_bytes = token_byte_lengths[labels].sum()
+    if label_count < labels.size:
+        # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.
+        labels[np.arange(labels.shape[1]) >= valid[:, None]] = IGNORED_LABEL
+    return Batch(
+        tokens=torch.from_numpy(rows[:, :-1].copy()),
+        labels=torch.from_numpy(labels),
+        document_starts=torch.from_numpy(document_starts(rows, boundary_id)[:, :-1].copy()),
+        label_bytes=int(label_bytes),
+        label_count=label_count,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,32 +126,19 @@ class PackedSamples:
         ``starts[0]`` is always True: no state is carried from one sample to the next. Padding is filled with
         the boundary mark. Raises ``IndexError`` for a negative index.
         """
-        rows, _ = self._rows([index])
-        return rows[0], self._starts(rows)[0]
+        rows, _ = self.rows([index])
+        return rows[0], document_starts(rows, self.boundary_id)[0]
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The samples of ``indices`` as one batch. Raises ``IndexError`` for a negative index."""
-        rows, valid = self._rows(list(indices))
-        labels = rows[:, 1:].copy()
-        labels_in_split = int(valid.sum())
-        label_bytes = self.token_byte_lengths[labels].sum()
-        if labels_in_split < labels.size:
-            # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.
-            labels[np.arange(self.sequence_length) >= valid[:, None]] = IGNORED_LABEL
-        return Batch(
-            tokens=torch.from_numpy(rows[:, :-1].copy()),
-            labels=torch.from_numpy(labels),
-            document_starts=torch.from_numpy(self._starts(rows)[:, :-1].copy()),
-            label_bytes=int(label_bytes),
-            label_count=labels_in_split,
-        )
+        rows, valid = self.rows(list(indices))
+        return make_batch(rows, valid, self.boundary_id, self.token_byte_lengths)
 
-    def _starts(self, rows: np.ndarray) -> np.ndarray:
-        starts = rows == self.boundary_id
-        starts[:, 0] = True
-        return starts
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: documents in their stored order."""
+        return read_stream(self.documents, limit)
 
-    def _rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(B, S + 1) int64 tokens of the samples, padded with the mark, and (B,) how many labels each has."""
         length = self.sequence_length
         total = self.documents.counts.tokens

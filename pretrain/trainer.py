@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from data.dataset import Data, open_data
+from data.mixture import Phase
 from data.order import rank_share
+from data.samples import MixtureSamples
 from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.training import (
@@ -104,15 +107,23 @@ class Trainer:
         return chosen
 
     def _check_data(self, reader: CheckpointReader) -> None:
-        if reader.state.get("data_fingerprint") != self.data.fingerprint:
+        differs = "source files, tokenizer, data.sequence_length or train.seed differ"
+        changed = reader.state.get("data_fingerprint") != self.data.fingerprint
+        # A source that is new, or that takes no further part, changes nothing of what was read.
+        for name, recorded in reader.state.get("source_fingerprints", {}).items():
+            if not changed and self.data.source_fingerprints.get(name, recorded) != recorded:
+                changed, differs = True, f"the documents of data.mixture.{name} differ"
+        if changed:
             raise InputError(
-                f"{reader.path}: was trained on other data than this configuration gives (source files, "
-                f"tokenizer, data.sequence_length or train.seed differ), so the order of samples cannot go on; "
-                f"restore them, or start anew in another run.directory"
+                f"{reader.path}: was trained on other data than this configuration gives ({differs}), so the order "
+                f"of samples cannot go on; restore them, or start anew in another run.directory"
             )
 
     def _resume(self, model: object, reader: CheckpointReader) -> None:
         self.position = read_position(reader)
+        if isinstance(self.data.train, MixtureSamples):
+            recorded = [Phase(**phase) for phase in reader.state["mixture_phases"]]
+            self.data.train.go_on(recorded, self.position.samples)
         self.resumed_from = self.position.step
         on_every_rank(lambda: read_weights(model, reader))
         restore_random_state(reader)
@@ -128,8 +139,16 @@ class Trainer:
             f"{summary.train.counts.tokens:,} training tokens in {summary.train.counts.documents:,} documents, "
             f"{summary.held_out.counts.tokens:,} held out"
         )
+        if isinstance(self.data.train, MixtureSamples):
+            self.observer.message(f"mixture: {self._epochs_of_sources()}")
         if start_from is not None:
             self.observer.message(f"resumed from {start_from} at step {self.position.step} of {steps}")
+
+    def _epochs_of_sources(self) -> str:
+        """For each source of the mixture, how often it will have been read through at the end of the run."""
+        end = self.config.train.steps * self.config.train.global_batch_size
+        epochs = self.data.train.epochs(end)
+        return ", ".join(f"{name} {count:.2f} epochs" for name, count in epochs.items()) + " by the end of the run"
 
     def close(self) -> None:
         """Lets another job have the run directory."""
@@ -160,7 +179,8 @@ class Trainer:
         position.tokens += tokens
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
-        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, self._mixer_metrics())
+        further = self._mixer_metrics() | self._source_metrics()
+        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, further)
         if not result.applied:
             self.observer.message(
                 f"step {position.step}: the gradient is not finite; the step was skipped "
@@ -172,6 +192,12 @@ class Trainer:
         if not reductions:
             return {}
         return combine_ranks(self.engine.decoder.take_metrics(), reductions, self.topology.device)
+
+    def _source_metrics(self) -> dict[str, float]:
+        """How often each source of a mixture was read through so far."""
+        if not isinstance(self.data.train, MixtureSamples):
+            return {}
+        return {f"epochs_{name}": count for name, count in self.data.train.epochs(self.position.samples).items()}
 
     def evaluate(self) -> BatchLoss:
         """Loss on held-out samples, recorded with the last step."""
@@ -186,6 +212,14 @@ class Trainer:
         self.observer.evaluated(self.position.step, loss)
         return loss
 
+    def _data_state(self) -> dict[str, object]:
+        """What a later start needs to go on with this data."""
+        state: dict[str, object] = {"data_fingerprint": self.data.fingerprint}
+        if isinstance(self.data.train, MixtureSamples):
+            state["source_fingerprints"] = self.data.source_fingerprints
+            state["mixture_phases"] = [asdict(phase) for phase in self.data.train.order.phases]
+        return state
+
     def save(self) -> None:
         """Writes a checkpoint and removes those that ``keep_last`` and ``keep_every`` do not keep."""
         self.observer.sync()
@@ -195,7 +229,7 @@ class Trainer:
             self.topology,
             self.config,
             self.position,
-            self.data.fingerprint,
+            self._data_state(),
             self.resumed_from,
         )
         train = self.config.train

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,10 +74,12 @@ def save_training(
     topology: Topology,
     config: Config,
     position: TrainingPosition,
-    data_fingerprint: str,
+    data_state: Mapping[str, Any],
     resumed_from: int | None,
 ) -> Path:
     """Writes a checkpoint of ``position``; every rank calls it.
+
+    ``data_state`` is what a later start needs to go on with the same data, as JSON holds it.
 
     Raises:
         CheckpointError: on every rank, where one of them could not write; earlier checkpoints are untouched.
@@ -84,7 +87,7 @@ def save_training(
     state = {
         "config": config.model_dump(mode="json"),
         "position": asdict(position),
-        "data_fingerprint": data_fingerprint,
+        **data_state,
         "random_state": torch.get_rng_state().numpy().tobytes().hex(),
     }
     pieces = _pieces(engine, topology)

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from data.order import rank_share
-from data.packing import PackedSamples
+from data.samples import Samples
 from pretrain.models.decoder import Decoder
 from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology
 
 
-def held_out_indices(samples: PackedSamples, count: int) -> list[int]:
+def held_out_indices(samples: Samples, count: int) -> list[int]:
     """At most ``count`` samples, spread evenly over the split, the same at every evaluation."""
     total = samples.samples_per_epoch
     count = min(count, total)
@@ -23,7 +23,7 @@ def held_out_indices(samples: PackedSamples, count: int) -> list[int]:
 def evaluate_held_out(
     model: nn.Module,
     decoder: Decoder,
-    samples: PackedSamples,
+    samples: Samples,
     count: int,
     micro_batch_size: int,
     topology: Topology,

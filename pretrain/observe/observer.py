@@ -74,14 +74,14 @@ class Observer:
         learning_rate: float,
         tokens: int,
         total_tokens: int,
-        mixer_metrics: Mapping[str, float],
+        further: Mapping[str, float],
     ) -> None:
         """Takes the figures of one step.
 
         Args:
             tokens: how many the step read.
             total_tokens: how many all steps so far read.
-            mixer_metrics: what the model's mixers report, over all layers and ranks.
+            further: what the model's mixers and the data report, over all layers and ranks.
         """
         if not self.is_main:
             return
@@ -96,7 +96,7 @@ class Observer:
             "tokens_per_second": rate,
             "tflops_per_second": rate * self.flops_per_token / 1e12,
             "skipped": not result.applied,
-            **mixer_metrics,
+            **further,
         }
         self.progress.update(step, self.pending)
 

@@ -21,9 +21,17 @@ from pretrain.observe.metrics import replace_file
 logger = logging.getLogger(__name__)
 
 # What a run cannot change: its model, and what makes up the order of its samples. Sections stand for all in
-# them. Where the files of the data lie may change, and so may everything about speed, length and layout.
+# them. Where the files of the data lie may change, and so may everything about speed, length and layout. The weights
+# and the sources of a mixture may, because each source's own documents are compared with the checkpoint's.
 _FIXED = ("model", "data", "train.seed")
-_FREE = ("data.cache_directory", "data.source.path", "data.source.path_prefix", "data.source.held_out_path_prefix")
+_FREE = (
+    "data.cache_directory",
+    "data.source.path",
+    "data.source.path_prefix",
+    "data.source.held_out_path_prefix",
+    "data.mixture",
+    "data.curriculum",
+)
 
 _CANNOT_LOCK = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 _held_locks: set[int] = set()

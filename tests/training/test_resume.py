@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -154,3 +155,43 @@ def test_a_mistake_that_one_stage_sees_is_told_by_all(train, unbroken, tmp_path)
     with pytest.raises(AssertionError) as raised:
         train(tmp_path, "pipeline2", resume=str(checkpoint), model=model)
     assert str(raised.value).count("is a checkpoint from another model") >= 2
+
+
+def mixture(directory, weights):
+    """A data section over corpora below ``directory``, each written once."""
+    sections = {}
+    for name, weight in weights.items():
+        corpus = directory / "corpora" / name
+        if not corpus.exists():
+            write_corpus(corpus, documents=40 + 10 * len(name))
+        sections[name] = {"source": {"type": "text_files", "path": str(corpus)}, "weight": weight}
+    return {"data": raw_config(directory)["data"] | {"source": None, "mixture": sections}}
+
+
+def test_a_mixture_resumes_as_if_it_had_not_been_cut(train, tmp_path):
+    both = mixture(tmp_path, {"one": 1.0, "three": 2.0})
+    train(tmp_path / "whole", "single", **both)
+    whole = curve(tmp_path / "whole" / "run")
+    train(tmp_path / "cut", "data2_zero1", steps=4, **both)
+    train(tmp_path / "cut", "single", **both)
+    cut = curve(tmp_path / "cut" / "run")
+    assert cut.keys() == whole.keys()
+    for step, figures in whole.items():
+        assert cut[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[0]["epochs_three"] < lines[-1]["epochs_three"]
+
+
+def test_a_mixture_takes_new_weights_and_sources_but_no_other_documents(train, tmp_path):
+    train(tmp_path, "single", steps=4, **mixture(tmp_path, {"one": 1.0, "three": 2.0}))
+    changed = mixture(tmp_path, {"three": 1.0, "fourth": 1.0})
+    train(tmp_path, "single", steps=6, **changed)
+    state = CheckpointReader(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]).state
+    # Four steps of four samples.
+    assert [phase["first"] for phase in state["mixture_phases"]] == [0, 16]
+    train(tmp_path, "single", steps=8, **changed)
+    state = CheckpointReader(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]).state
+    assert [phase["first"] for phase in state["mixture_phases"]] == [0, 16]
+    (tmp_path / "corpora" / "three" / "000.txt").write_text("another text\n")
+    with pytest.raises(AssertionError, match="documents of data.mixture.three differ"):
+        train(tmp_path, "single", steps=10, **changed)

@@ -1,0 +1,94 @@
+"""What a run reads: one source's packed samples, or those of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from data.mixture import MixtureOrder, Phase, phases_after_change
+from data.packing import Batch, PackedSamples, make_batch
+
+
+class Samples(Protocol):
+    """Samples that are computed from their indices alone."""
+
+    samples_per_epoch: int
+    token_byte_lengths: np.ndarray  # (vocabulary,) int64: the bytes that each id stands for
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
+
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: tokens of the documents in their stored order."""
+
+
+class _SeveralSources:
+    """Samples of which each comes from one of several sources, all of one tokenizer and one length."""
+
+    def __init__(self, sources: Mapping[str, PackedSamples]) -> None:
+        self.sources = dict(sorted(sources.items()))
+        first = next(iter(self.sources.values()))
+        self.sequence_length, self.boundary_id = first.sequence_length, first.boundary_id
+        self.token_byte_lengths = first.token_byte_lengths
+        self.samples_per_epoch = sum(samples.samples_per_epoch for samples in self.sources.values())
+
+    def _batch(self, located: Sequence[tuple[str, int]]) -> Batch:
+        rows = np.empty((len(located), self.sequence_length + 1), dtype=np.int64)
+        valid = np.empty(len(located), dtype=np.int64)
+        for name, samples in self.sources.items():
+            places = [place for place, (source, _) in enumerate(located) if source == name]
+            if places:
+                rows[places], valid[places] = samples.rows([located[place][1] for place in places])
+        return make_batch(rows, valid, self.boundary_id, self.token_byte_lengths)
+
+    def _first_tokens(self, limits: Mapping[str, int]) -> np.ndarray:
+        return np.concatenate([samples.first_tokens(limits[name]) for name, samples in self.sources.items()])
+
+
+class MixtureSamples(_SeveralSources):
+    """Training samples of a mixture; see ``data.mixture`` for the order."""
+
+    def __init__(self, sources: Mapping[str, PackedSamples], phases: Sequence[Phase], seed: int) -> None:
+        super().__init__(sources)
+        self.seed = seed
+        self.order = MixtureOrder(phases, seed)
+
+    def go_on(self, recorded: Sequence[Phase], position: int) -> None:
+        """Continues a run that read ``position`` samples under ``recorded``; the configured weights hold from there."""
+        self.order = MixtureOrder(phases_after_change(recorded, self.order.phases, position), self.seed)
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
+        return self._batch([self.order.locate(index) for index in indices])
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often each source was read through by the mixture's first ``position`` samples."""
+        consumed = self.order.consumed(position)
+        return {name: consumed.get(name, 0) / samples.samples_per_epoch for name, samples in self.sources.items()}
+
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: of each source its share by the first weights, one source behind the other."""
+        weights = self.order.phases[0].weights
+        total = sum(weights.values())
+        return self._first_tokens({name: int(limit * weights.get(name, 0.0) / total) for name in self.sources})
+
+
+class ConcatenatedSamples(_SeveralSources):
+    """Held-out samples of several sources, one source behind the other; indices behind the last are padding."""
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
+        return self._batch([self._locate(index) for index in indices])
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        for name, samples in self.sources.items():
+            if index < samples.samples_per_epoch:
+                return name, index
+            index -= samples.samples_per_epoch
+        return name, samples.samples_per_epoch
+
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: equal parts of each source."""
+        return self._first_tokens(dict.fromkeys(self.sources, limit // len(self.sources)))
