@@ -36,12 +36,42 @@ class TextFilesSource(_Config):
         return pattern
 
 
-class JsonlSource(_Config):
-    """Files of one JSON object per line, each line a document. ``.gz`` files are read compressed."""
+class RecordsConfig(_Config):
+    """What sources of records share: where the text is, and which records count."""
+
+    text_field: str = Field(default="text", description="the key that holds the document's text")
+    minimum_characters: int = Field(default=0, ge=0, description="shorter texts are left out")
+    maximum_characters: int | None = Field(default=None, ge=1, description="longer texts are left out")
+    keep: dict[str, list[str | int | float | bool]] = Field(
+        default={}, description="field -> values that are kept, for instance language: [en]; dots reach into a field"
+    )
+    bad_records: Literal["stop", "skip"] = Field(
+        default="stop", description="what happens at a record without a text, or that cannot be parsed"
+    )
+    maximum_bad_records: int = Field(default=100, ge=0, description="how many are skipped before the run stops")
+
+
+class JsonlSource(RecordsConfig):
+    """Files of one JSON object per line, each line a document; .gz, .bz2, .xz and .zst are read compressed."""
 
     type: Literal["jsonl"]
     path: str = Field(description="a file, or a glob such as corpus/*.jsonl")
-    text_field: str = Field(default="text", description="the key that holds the document's text")
+
+
+class HuggingFaceSource(RecordsConfig):
+    """Rows of a Hugging Face dataset: of the hub, or local or remote files of any format that ``datasets`` reads."""
+
+    type: Literal["huggingface"]
+    path: str = Field(
+        description="a dataset on the hub, a local directory, or the format of data_files: parquet, json, arrow, text"
+    )
+    name: str | None = Field(default=None, description="configuration of the dataset, where it has several")
+    data_files: str | list[str] | None = Field(
+        default=None, description="files or globs; local, or in a store such as s3://bucket/*.parquet"
+    )
+    split: str = Field(default="train", description="split of the dataset that the documents are taken from")
+    revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
+    streaming: bool = Field(default=True, description="read rows as they come, without a local copy of the dataset")
 
 
 class MegatronIndexedSource(_Config):
@@ -80,7 +110,8 @@ class SentencePieceTokenizer(_Config):
 
 
 SourceConfig = Annotated[
-    StandardLibrarySource | TextFilesSource | JsonlSource | MegatronIndexedSource, Field(discriminator="type")
+    StandardLibrarySource | TextFilesSource | JsonlSource | HuggingFaceSource | MegatronIndexedSource,
+    Field(discriminator="type"),
 ]
 TokenizerConfig = Annotated[BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
 import os
@@ -13,12 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from data.config import (
-    JsonlSource,
-    SourceConfig,
-    StandardLibrarySource,
-    TextFilesSource,
-)
+from data.config import HuggingFaceSource, JsonlSource, SourceConfig, StandardLibrarySource, TextFilesSource
 from data.errors import DataError
 
 STANDARD_LIBRARY_SUFFIXES = frozenset({".py", ".pyi", ".txt", ".rst", ".md", ".cfg", ".toml", ".ini"})
@@ -58,7 +51,13 @@ def open_source(config: SourceConfig) -> Source:
         case TextFilesSource():
             return _open_text_files(config)
         case JsonlSource():
+            from data.records import JsonlDocuments
+
             return JsonlDocuments(config)
+        case HuggingFaceSource():
+            from data.hub import HubDocuments
+
+            return HubDocuments(config)
     raise AssertionError(f"source {config!r} has no documents of text")
 
 
@@ -128,53 +127,3 @@ def _open_text_files(config: TextFilesSource) -> FileDocuments:
             " give the pattern of the files that hold the text."
         )
     return FileDocuments(files, config.document_separator.encode() if config.document_separator else None)
-
-
-class JsonlDocuments:
-    """Each line of each file is a JSON object whose ``text_field`` holds one document."""
-
-    def __init__(self, config: JsonlSource) -> None:
-        pattern = os.path.expanduser(config.path)
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        self.files = [(Path(name).name, Path(name)) for name in found if os.path.isfile(name)]
-        self.text_field = config.text_field
-        if not self.files:
-            raise DataError(
-                f"data.source.path {config.path} matches no file; give a .jsonl file or a glob such as corpus/*.jsonl."
-            )
-
-    def documents(self) -> Iterator[Document]:
-        for name, path in self.files:
-            opener = gzip.open if path.suffix == ".gz" else open
-            try:
-                with opener(path, "rb") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        if line.strip():
-                            yield self._document(name, f"{path} line {number}", line)
-            except (OSError, EOFError) as error:
-                raise DataError(
-                    f"{path} cannot be read ({error}); make it readable or leave it out of data.source.path."
-                ) from error
-
-    def _document(self, name: str, location: str, line: bytes) -> Document:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{location} is not valid JSON ({error}); every line must be one JSON object, so mend or"
-                " remove this line."
-            ) from error
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            kind = type(record).__name__
-            held = f"the keys {sorted(record)[:8]}" if isinstance(record, dict) else f"a {kind}"
-            raise DataError(
-                f"{location} should hold a string under {self.text_field!r} but holds {held};"
-                " set data.source.text_field to the key of the text, or mend this line."
-            )
-        # JSON can spell half of a surrogate pair, which strict UTF-8 cannot.
-        content = text.encode("utf-8", errors="surrogatepass")
-        return Document(f"{name}\0{hashlib.sha256(content).hexdigest()}", location, content)
-
-    def fingerprint(self) -> str:
-        return fingerprint_files([(str(path), path) for _, path in self.files], "jsonl", self.text_field)
