@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.config import Config, parse_config
+from pretrain.models.registry import channel_mixers, sequence_mixers
 
 TINY_MODEL: dict[str, Any] = {
     "vocab_size": 264,
@@ -16,6 +17,27 @@ TINY_MODEL: dict[str, Any] = {
     },
     "output_logit_soft_cap": 30.0,
 }
+
+
+def every_mixer_model(hidden_size: int, **fields: Any) -> dict[str, Any]:
+    """A model section with a block of each registered mixer, and blocks that hold one part alone.
+
+    The pattern stands twice in it, so that it divides into two pipeline stages.
+    """
+    channels = [family.config.examples(hidden_size)[0].model_dump() for family in channel_mixers().values()]
+    mixers = [family.config.examples(hidden_size)[0].model_dump() for family in sequence_mixers().values()]
+    blocks: dict[str, dict[str, Any]] = {
+        f"both_{index}": {"mixer": mixer, "channel": channels[index % len(channels)]}
+        for index, mixer in enumerate(mixers)
+    }
+    blocks |= {"mixer_alone": {"mixer": mixers[0]}, "channel_alone": {"channel": channels[-1]}}
+    return {
+        "hidden_size": hidden_size,
+        "num_layers": 2 * len(blocks),
+        "layers": list(blocks),
+        "blocks": blocks,
+        **fields,
+    }
 
 
 def tiny_config(directory: str = "unused", **sections: dict[str, Any]) -> Config:

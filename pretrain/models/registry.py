@@ -71,6 +71,9 @@ class MixerCost:
     Attributes:
         parameters: number of trainable parameters, all tensor-parallel ranks together.
         parameters_replicated: how many of those every tensor-parallel rank holds in full.
+        parameters_grouped: how many of those belong to groups that several heads share (keys of grouped queries):
+            split over the ranks where their number divides ``parameter_groups``, else whole on each.
+        parameter_groups: number of those groups.
         active_parameters: how many of those one token uses (fewer than ``parameters`` for routed experts).
         projection_flops_per_token: products of one token with weights, forward; the backward pass does twice
             as many.
@@ -99,6 +102,15 @@ class MixerCost:
     activation_bytes_per_token: float
     working_bytes_per_token: float
     elementwise_scan_flops_per_token: float = 0.0
+    parameters_grouped: int = 0
+    parameter_groups: int = 1
+
+    def parameters_per_rank(self, tensor: int) -> int:
+        """Parameters on one of ``tensor`` tensor-parallel ranks."""
+        whole = self.parameters_replicated
+        if self.parameter_groups % tensor:
+            whole += self.parameters_grouped
+        return (self.parameters - whole) // tensor + whole
 
     @property
     def flops_per_token(self) -> float:

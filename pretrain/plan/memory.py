@@ -53,10 +53,7 @@ class BlockCost:
 
     def parameters_per_rank(self, tensor: int) -> int:
         """Parameters on one of ``tensor`` tensor-parallel ranks."""
-        return sum(
-            (mixer.parameters - mixer.parameters_replicated) // tensor + mixer.parameters_replicated + self.hidden_size
-            for mixer in self.mixers
-        )
+        return sum(mixer.parameters_per_rank(tensor) + self.hidden_size for mixer in self.mixers)
 
     def activation_bytes_per_token(self, config: Config) -> float:
         """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed."""

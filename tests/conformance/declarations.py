@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.convert.native import assemble
+from pretrain.errors import InputError
+from pretrain.models.hugging_face import pieces_of_tensors
 from pretrain.models.mixer import SequenceMixer
 from pretrain.models.parameters import initialise_weights
 from tests.conformance.cases import Case
@@ -89,19 +93,24 @@ def problem(case: Case) -> None:
     config, width = case.config, case.hidden_size
     for ranks in (1, 2):
         assert config.problem(width, ranks) is None, f"an example must go with {ranks} ranks"
-    mixer = build(case)
-    sizes = [p.shape[p.spec.shard_dimension] for p in mixer.parameters() if p.spec.shard_dimension is not None]
+    mixer, declared = build(case), case.family.cost(config, width, 16, 4, NUM_LAYERS)
+    split = [p for p in mixer.parameters() if p.spec.shard_dimension is not None]
+    states = []
     if isinstance(mixer, SequenceMixer):
-        split = [tensor for tensor in mixer.state_tensors().values() if tensor.shard_dimension is not None]
-        sizes += [tensor.shape[tensor.shard_dimension] for tensor in split]
+        states = [tensor for tensor in mixer.state_tensors().values() if tensor.shard_dimension is not None]
     refusals = []
     # The last is a prime beyond any width here.
     for ranks in (*range(1, 2 * width), 8191):
         refusal = config.problem(width, ranks)
-        divides = all(size % ranks == 0 for size in sizes)
-        assert refusal or divides, f"{ranks} ranks are accepted, but do not divide {sorted(set(sizes))}"
         refusals.append(refusal)
-    assert refusals[-1] or not sizes
+        if refusal is None:
+            undivided = [p for p in split if p.shape[p.spec.shard_dimension] % ranks]
+            whole = sum(parameter.numel() for parameter in undivided)
+            # Of groups that the ranks do not divide every rank holds all, and says so in its cost.
+            allowed = declared.parameters_grouped if declared.parameter_groups % ranks else 0
+            assert whole <= allowed, f"{ranks} ranks are accepted, but do not divide {[p.shape for p in undivided]}"
+            assert allowed or all(tensor.shape[tensor.shard_dimension] % ranks == 0 for tensor in states)
+    assert refusals[-1] or not split
     context = context_of(width)
     for other in range(1, width + 9):
         refusal = config.problem(other, 1)
@@ -115,11 +124,27 @@ def problem(case: Case) -> None:
 
 
 def hugging_face_names(case: Case) -> None:
-    """For each native class that has this layer, every parameter has exactly one name of its own there."""
-    form = case.family.hugging_face
+    """For each native class that has this layer, every parameter has exactly one place of its own there."""
+    form, family = case.family.hugging_face, case.family
     assert set(form.KEYS) == set(form.FIELDS), "KEYS and FIELDS must list the same classes"
-    parameters = {name for name, _ in build(case).named_parameters()}
-    for model_type, names in form.KEYS.items():
-        assert set(names) == parameters, f"{model_type}: {sorted(set(names) ^ parameters)}"
-        assert len(set(names.values())) == len(names), f"{model_type}: two parameters have one name"
-        assert isinstance(form.FIELDS[model_type](case.config, case.hidden_size), dict)
+    assert set(getattr(form, "LAYER_TYPES", {})) <= set(form.KEYS), "LAYER_TYPES must list classes of KEYS"
+    parameters = dict(build(case).named_parameters())
+    others = [replace(case, config=config) for config in family.config.examples(case.hidden_size)]
+    known = set(parameters).union(*(dict(build(other).named_parameters()) for other in others))
+    for model_type, places in form.KEYS.items():
+        assert set(places) <= known, f"{model_type}: no example has {sorted(set(places) - known)}"
+        try:
+            fields = form.FIELDS[model_type](case.config, case.hidden_size)
+        except InputError as error:
+            # The class has the layer, but not with this configuration.
+            assert "\n" not in str(error) and not str(error).endswith("."), f"not one clause: {str(error)!r}"
+            continue
+        assert json.loads(json.dumps(fields)) == fields, f"{model_type}: fields that JSON does not hold: {fields}"
+        try:
+            tensors = pieces_of_tensors(places, parameters)
+        except ValueError as error:
+            raise AssertionError(f"{model_type}: {error}") from error
+        for name, pieces in tensors.items():
+            assert [piece.order for piece in pieces.values()] == list(range(len(pieces))), f"{name} has a gap"
+            tensor = assemble(parameters, pieces)
+            assert tensor.numel() == sum(parameters[piece].numel() for piece in pieces), f"{name} repeats or loses some"

@@ -1,0 +1,274 @@
+"""The state-space recurrence chunk by chunk, on batched matrix products, with a backward pass written by hand.
+
+Within a chunk every pair of tokens meets in a product of scores, which the heads of a group share, and of decays; from
+chunk to chunk the state carries what came before. All exponents are sums of decays and so never positive. The backward
+pass computes scores, decays and states again rather than keeping them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """One call, cut into chunks of ``L`` tokens; the batch and the chunks together are ``R`` rows.
+
+    Groups ``G`` of ``M`` heads share keys and queries. Padding behind the last token has a step size of zero: it
+    neither decays nor adds anything.
+    """
+
+    values: Tensor  # (R, G, L, M, P), already times the step size
+    keys: Tensor  # (R, G, L, N)
+    queries: Tensor  # (R, G, L, N)
+    steps: Tensor  # (R, G, L, M)
+    total: Tensor  # (R, G, L, M): log decay from the chunk's beginning to each token
+    related: Tensor  # (R, L, L) bool: token i sees token j
+    reached: Tensor | None  # (R, L) bool: the state before the chunk reaches token i; None: always
+    lasting: Tensor | None  # (R, L) bool: token j belongs to the chunk's last document; None: always
+    batch: int
+
+    def reach(self) -> Tensor:
+        """(R, G, L, M): how much of the state before the chunk is left at each token."""
+        decay = self.total.exp()
+        return decay if self.reached is None else decay * self.reached[:, None, :, None]
+
+    def survival(self) -> Tensor:
+        """(R, G, L, M): how much of each token's contribution is left at the chunk's end."""
+        decay = (self.total[:, :, -1:] - self.total).exp_()
+        return decay if self.lasting is None else decay.mul_(self.lasting[:, None, :, None])
+
+    def keep(self) -> Tensor:
+        """(R, G, M): how much of the state before the chunk is left at its end."""
+        return self.reach()[:, :, -1]
+
+    def decays(self) -> Tensor:
+        """(R, G, M, L, L): what is left of token j at token i; zero where i does not see j."""
+        total = self.total.transpose(2, 3)
+        differences = total[..., :, None] - total[..., None, :]
+        return differences.masked_fill_(~self.related[:, None, None], -torch.inf).exp_()
+
+
+def _cut(tensor: Tensor, chunk: int, groups: int | None) -> Tensor:
+    """(batch, sequence, heads or groups, ...) to (rows, groups, chunk, ...), zeros behind; may share its memory."""
+    batch, sequence = tensor.shape[:2]
+    padding = -sequence % chunk
+    if padding:
+        tensor = torch.cat([tensor, tensor.new_zeros(batch, padding, *tensor.shape[2:])], dim=1)
+    tensor = tensor.unflatten(1, (-1, chunk)).flatten(0, 1)
+    if groups is not None:
+        tensor = tensor.unflatten(2, (groups, -1))
+    return tensor.transpose(1, 2).contiguous()
+
+
+def _join(tensor: Tensor, batch: int, sequence: int) -> Tensor:
+    """The inverse of ``_cut``: (rows, groups, chunk, ...) to (batch, sequence, groups, ...)."""
+    return tensor.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :sequence]
+
+
+def _prepare(
+    values: Tensor,
+    step_size: Tensor,
+    decay_rate: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    document_starts: Tensor | None,
+    chunk: int,
+    dtype: torch.dtype,
+) -> _Chunks:
+    groups, batch = keys.shape[2], values.shape[0]
+    steps = _cut(step_size.to(dtype), chunk, groups)
+    total = (steps * decay_rate.to(dtype).view(groups, 1, -1)).cumsum(2)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=values.device).tril_()
+    reached = lasting = None
+    related = causal.expand(steps.shape[0], chunk, chunk)
+    if document_starts is not None and bool(document_starts.any()):
+        starts = _cut(document_starts[..., None], chunk, None)[:, 0]
+        # Counted within the chunk: 0 is the document that was there before it.
+        document = starts.cumsum(1)
+        related = causal & (document[:, :, None] == document[:, None, :])
+        reached = document == 0
+        lasting = document == document[:, -1:]
+    return _Chunks(
+        values=_cut(values.to(dtype), chunk, groups) * steps[..., None],
+        keys=_cut(keys.to(dtype), chunk, None),
+        queries=_cut(queries.to(dtype), chunk, None),
+        steps=steps,
+        total=total,
+        related=related,
+        reached=reached,
+        lasting=lasting,
+        batch=batch,
+    )
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product over the last two dimensions, the others together as one batch."""
+    return torch.bmm(left.flatten(0, -3), right.flatten(0, -3)).unflatten(0, left.shape[:-2])
+
+
+def _states(chunks: _Chunks, initial_state: Tensor) -> Tensor:
+    """(chunks + 1, batch, G, N, M, P): the state before each chunk, and after the last."""
+    groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
+    weighted = chunks.values * chunks.survival()[..., None]
+    added = _product(chunks.keys.mT, weighted.flatten(-2)).unflatten(-1, (heads, -1))
+    added = added.unflatten(0, (chunks.batch, -1))
+    keep = chunks.keep().unflatten(0, (chunks.batch, -1))
+    state = initial_state.unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
+    states = [state]
+    for step in range(added.shape[1]):
+        state = torch.addcmul(added[:, step], keep[:, step, :, None, :, None], state)
+        states.append(state)
+    return torch.stack(states)
+
+
+def _before(states: Tensor) -> Tensor:
+    """(R, G, N, M * P): the state before each chunk, by rows."""
+    return states[:-1].transpose(0, 1).flatten(0, 1).flatten(-2)
+
+
+def _final(states: Tensor) -> Tensor:
+    """(batch, heads, P, N)."""
+    return states[-1].permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        step_size: Tensor,
+        decay_rate: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        skip: Tensor | None,
+        initial_state: Tensor,
+        document_starts: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = initial_state.dtype
+        chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, chunk, dtype)
+        states = _states(chunks, initial_state)
+        pairs = chunks.decays().mul_(_product(chunks.queries, chunks.keys.mT)[:, :, None])
+        within = _product(pairs, chunks.values.transpose(2, 3)).transpose(2, 3)
+        carried = _product(chunks.queries, _before(states)).view(chunks.values.shape)
+        outputs = torch.addcmul(within, carried, chunks.reach()[..., None])
+        outputs = _join(outputs, values.shape[0], values.shape[1]).flatten(2, 3)
+        if skip is not None:
+            outputs = torch.addcmul(outputs, values.to(dtype), skip.to(dtype)[:, None])
+        ctx.save_for_backward(values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts)
+        ctx.chunk = chunk
+        return outputs.to(values.dtype), _final(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts = ctx.saved_tensors
+        dtype, (batch, sequence) = initial_state.dtype, values.shape[:2]
+        chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, ctx.chunk, dtype)
+        groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
+        gradient = _cut(output_gradient.to(dtype), ctx.chunk, groups)
+        states = _states(chunks, initial_state)
+
+        # Pairs of tokens within a chunk.
+        by_head, gradient_by_head = (tensor.transpose(2, 3) for tensor in (chunks.values, gradient))
+        decays = chunks.decays()
+        scores = _product(chunks.queries, chunks.keys.mT)
+        pairs = decays * scores[:, :, None]
+        values_gradient = _product(pairs.mT, gradient_by_head).transpose(2, 3)
+        pairs_gradient = _product(gradient_by_head, by_head.mT)
+        scores_gradient = (pairs_gradient * decays).sum(2)
+        exponents = pairs_gradient.mul_(pairs)
+        # A token's pair with itself has no decay. Sums that nearly cancel, and then add up over the chunk.
+        exponents.diagonal(dim1=-2, dim2=-1).zero_()
+        total_gradient = (exponents.sum(-1).double() - exponents.sum(-2).double()).transpose(2, 3)
+        queries_gradient = _product(scores_gradient, chunks.keys)
+        keys_gradient = _product(scores_gradient.mT, chunks.queries)
+
+        # What the tokens read from the state before their chunk.
+        before = _before(states)
+        reading = gradient * chunks.reach()[..., None]
+        read = _product(chunks.queries, before).view(gradient.shape)
+        total_gradient = total_gradient + (reading * read).sum(-1)
+        queries_gradient += _product(reading.flatten(-2), before.mT)
+        before_gradient = _product(chunks.queries.mT, reading.flatten(-2)).unflatten(-1, (heads, -1))
+
+        # From the last chunk's state to the first's.
+        before_gradient = before_gradient.unflatten(0, (batch, -1))
+        keep = chunks.keep().unflatten(0, (batch, -1))
+        state_gradient = final_gradient.to(dtype).unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
+        after, keep_gradient = [], []
+        for step in reversed(range(keep.shape[1])):
+            after.append(state_gradient)
+            kept = state_gradient * keep[:, step, :, None, :, None]
+            keep_gradient.append((kept * states[step]).sum((2, 4)))
+            state_gradient = kept + before_gradient[:, step]
+        after_gradient = torch.stack(after[::-1], dim=1).flatten(0, 1).flatten(-2)
+        initial_gradient = state_gradient.permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+        # What the tokens add to the state behind their chunk.
+        survival = chunks.survival()
+        written = _product(chunks.keys, after_gradient).view(gradient.shape).mul_(survival[..., None])
+        keys_gradient += _product((chunks.values * survival[..., None]).flatten(-2), after_gradient.mT)
+        values_gradient = values_gradient + written
+        lost = (written * chunks.values).sum(-1)
+        total_gradient = total_gradient - lost
+        total_gradient[:, :, -1] += lost.sum(2) + torch.stack(keep_gradient[::-1], dim=1).flatten(0, 1)
+
+        log_decay_gradient = total_gradient.flip(2).cumsum(2).flip(2).to(dtype)
+        rate = decay_rate.to(dtype).view(groups, 1, -1)
+        plain = _cut(values.to(dtype), ctx.chunk, groups)
+        step_gradient = log_decay_gradient * rate + (values_gradient * plain).sum(-1)
+        value_gradient = values_gradient * chunks.steps[..., None]
+        skip_gradient = None
+        if skip is not None:
+            value_gradient = torch.addcmul(value_gradient, gradient, skip.to(dtype).view(groups, 1, -1, 1))
+            skip_gradient = (gradient * plain).sum((0, 2, 4)).flatten().to(skip.dtype)
+
+        def joined(tensor: Tensor, like: Tensor) -> Tensor:
+            return _join(tensor, batch, sequence).reshape(like.shape).to(like.dtype)
+
+        return (
+            joined(value_gradient, values),
+            joined(step_gradient, step_size),
+            (log_decay_gradient * chunks.steps).sum((0, 2)).flatten().to(decay_rate.dtype),
+            joined(keys_gradient, keys),
+            joined(queries_gradient, queries),
+            skip_gradient,
+            initial_gradient,
+            None,
+            None,
+        )
+
+
+def ssd_chunkwise(
+    values: Tensor,
+    step_size: Tensor,
+    decay_rate: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor,
+    document_starts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Chunkwise form (Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060, section 6).
+
+    Same arguments and results as ``kernels.ssd.ssd``, with the state given; exact gradients, once differentiable.
+    """
+    return _SSD.apply(
+        values,
+        step_size,
+        decay_rate,
+        keys,
+        queries,
+        skip,
+        initial_state,
+        document_starts,
+        min(chunk_size, values.shape[1]),
+    )

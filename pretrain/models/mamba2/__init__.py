@@ -1,0 +1,1 @@
+"""Mamba-2: the state-space mixer with scalar decays per head."""

@@ -1,0 +1,77 @@
+"""What Mamba-2 costs, from its configuration alone. Imports no torch.
+
+With heads of ``P`` channels and a state of ``N``, the chunkwise recurrence at chunk size ``L`` does, per token in the
+forward pass, ``4PN`` FLOPs for each head to write and read the state and ``2P`` for every pair of tokens of a chunk;
+the scores of those pairs, ``2N`` each, are shared by the heads of a group. Useful work counts only pairs of which one
+may see the other, and the backward pass as twice the forward; executed work is that of the torch kernel.
+"""
+
+from __future__ import annotations
+
+from pretrain.models.mamba2.config import Mamba2Config
+from pretrain.models.registry import MixerCost
+
+_FLOAT32 = 4
+
+
+def cost(
+    config: Mamba2Config, hidden_size: int, sequence_length: int, bytes_per_element: int, num_layers: int
+) -> MixerCost:
+    """Costs of one Mamba-2 layer.
+
+    Args:
+        config: of the mixer.
+        hidden_size: width of the residual stream.
+        sequence_length: tokens per sequence.
+        bytes_per_element: of activations.
+        num_layers: of the whole model; changes nothing here.
+    """
+    heads, inner = config.heads(hidden_size), config.inner_size(hidden_size)
+    groups, state_size = config.num_groups, config.state_size
+    keys = groups * state_size
+    convolved = inner + 2 * keys
+    projected = inner + convolved + heads
+    weights = hidden_size * projected + inner * hidden_size
+    window = config.convolution_width
+    parameters = weights + convolved * (window + config.convolution_bias) + 3 * heads + inner
+
+    chunk = min(config.chunk_size, sequence_length)
+    chunks = -(-sequence_length // chunk)
+    rest = sequence_length - (chunks - 1) * chunk
+    causal_pairs = ((chunks - 1) * chunk * (chunk + 1) + rest * (rest + 1)) / 2 / sequence_length
+    padded = chunks * chunk / sequence_length
+    memory = 2.0 * inner * state_size
+    scores, mixing = 2.0 * keys, 2.0 * inner
+    executed_forward = 2 * memory + chunk * (scores + mixing)
+    executed_backward = 6 * memory + chunk * (3 * scores + 2 * mixing)
+
+    state = inner * state_size + (window - 1) * convolved
+    cast_copy = 0 if bytes_per_element == _FLOAT32 else _FLOAT32
+    activations = (
+        # All projections are one tensor; the convolution's inputs are joined, and its outputs kept.
+        bytes_per_element * (projected + 2 * convolved)
+        # The recurrence's output, the gate's silu and their product, the norm's result before and after its weight.
+        + (bytes_per_element + cast_copy) * inner
+        + 5 * _FLOAT32 * inner
+        + bytes_per_element * inner
+        # Step sizes and their pre-activation.
+        + 2 * _FLOAT32 * heads
+    )
+    return MixerCost(
+        parameters=parameters,
+        parameters_replicated=0,
+        parameters_grouped=2 * keys * (hidden_size + window + config.convolution_bias),
+        parameter_groups=groups,
+        active_parameters=parameters,
+        projection_flops_per_token=2.0 * weights,
+        scan_flops_per_token=2 * memory + causal_pairs * (scores + mixing),
+        executed_scan_flops_per_token=padded * executed_forward,
+        executed_scan_backward_flops_per_token=padded * executed_backward,
+        state_bytes=_FLOAT32 * state,
+        activation_bytes_per_token=float(activations),
+        working_bytes_per_token=2.0 * _FLOAT32 * inner * state_size * (chunks + 1) / sequence_length
+        + bytes_per_element * projected
+        + 4.0 * _FLOAT32 * inner,
+        # A multiply-add for each tap, and the skip connection's.
+        elementwise_scan_flops_per_token=2.0 * window * convolved + 2.0 * inner,
+    )

@@ -1,0 +1,179 @@
+"""The Mamba-2 mixer: projections, convolution, state-space recurrence, gated norm. Heads are split over ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from torch import Generator, Tensor, nn
+
+from kernels.conv1d import causal_conv1d
+from kernels.ssd import ssd
+from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
+from pretrain.models.mamba2.config import Mamba2Config
+from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
+from pretrain.models.norm import GroupedRMSNorm
+from pretrain.models.parameters import Initialiser, ParameterSpec, constant, new_parameter, uniform
+
+# Parts of the convolved channels, in the order of the native classes.
+CONVOLVED = ("value", "key", "query")
+
+
+def log_of_uniform(low: float, high: float) -> Initialiser:
+    """Starts from the logarithm of U(low, high)."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        tensor.uniform_(low, high, generator=generator).log_()
+
+    return fill
+
+
+def inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Initialiser:
+    """Starts from values whose softplus is log-uniform in [low, high] and at least ``floor``."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        step = tensor.uniform_(math.log(low), math.log(high), generator=generator).exp().clamp_min(floor)
+        tensor.copy_(step + torch.log(-torch.expm1(-step)))
+
+    return fill
+
+
+class Mamba2(SequenceMixer):
+    """State-space mixer (Dao and Gu 2024, arXiv 2405.21060, section 7), per token::
+
+        z, x, k, q, d = gate(u), value(u), key(u), query(u), step_size(u)
+        x, k, q       = silu(convolution([x, k, q]))
+        step          = softplus(d + step_size_bias)
+        H_t           = exp(-step exp(log_decay_rate)) H_{t-1} + step x_t k_t^T        per head, float32
+        y             = output(group_norm((H_t q_t + skip x_t) * silu(z)))             the gate first, then the norm
+
+    Keys and queries belong to groups of heads. Where the groups divide over the tensor-parallel ranks each rank has
+    its own; else every rank computes all of them and takes those of its heads. The norm's groups are the same ones.
+
+    First values as in the authors' code: rates log U(1, 16), step sizes log-uniform in [0.001, 0.1], torch's own
+    initialisation of linear maps and convolutions, and the output's divided by the root of the number of layers.
+    """
+
+    def __init__(self, config: Mamba2Config, context: LayerContext):
+        super().__init__()
+        self.config = config
+        width, heads = context.hidden_size, config.heads(context.hidden_size)
+        inner, keys = config.inner_size(width), config.num_groups * config.state_size
+        ranks = context.tensor_parallel
+        self.local_heads = heads // ranks
+        self.groups_are_split = config.num_groups % ranks == 0
+
+        linear = uniform(-(width**-0.5), width**-0.5)
+        split = ParameterSpec(linear, shard_dimension=0)
+        shared = self._of_groups(linear)
+        self.projections = ColumnParallelProjections(
+            width,
+            {
+                "gate": Projection(inner, split),
+                "value": Projection(inner, split),
+                "key": Projection(keys, shared),
+                "query": Projection(keys, shared),
+                "step_size": Projection(heads, split),
+            },
+            context.megatron,
+        )
+        window = config.convolution_width
+        taps = uniform(-(window**-0.5), window**-0.5)
+        sizes = {"value": inner, "key": keys, "query": keys}
+        for name, size in sizes.items():
+            weight = ParameterSpec(taps, shard_dimension=0) if name == "value" else self._of_groups(taps)
+            self.register_parameter(f"{name}_convolution_weight", new_parameter((size, window), weight))
+            if config.convolution_bias:
+                bias = self._of_groups(taps, weight_decay=False)
+                if name == "value":
+                    bias = ParameterSpec(taps, shard_dimension=0, weight_decay=False)
+                self.register_parameter(f"{name}_convolution_bias", new_parameter((size,), bias))
+        per_head = {
+            "log_decay_rate": log_of_uniform(*config.decay_range),
+            "step_size_bias": inverse_softplus_of_log_uniform(*config.step_size_range, config.step_size_floor),
+            "skip": constant(1.0),
+        }
+        for name, initialise in per_head.items():
+            spec = ParameterSpec(initialise, shard_dimension=0, weight_decay=False)
+            self.register_parameter(name, new_parameter((heads,), spec))
+        self.norm = GroupedRMSNorm(inner, config.num_groups, config.norm_epsilon)
+        scale = inner**-0.5 / math.sqrt(context.num_layers)
+        self.output = RowParallelProjection(
+            inner, width, ParameterSpec(uniform(-scale, scale), shard_dimension=1), context.megatron
+        )
+        dimension = 1 if self.groups_are_split else None
+        self.states = {
+            "matrix": StateTensor((heads, config.head_size, config.state_size), 0),
+            "value_convolution": StateTensor((window - 1, inner), 1),
+            "key_convolution": StateTensor((window - 1, keys), dimension),
+            "query_convolution": StateTensor((window - 1, keys), dimension),
+        }
+
+    def _of_groups(self, initialise: Initialiser, weight_decay: bool = True) -> ParameterSpec:
+        """Declaration of a parameter of the groups' keys or queries."""
+        if self.groups_are_split:
+            return ParameterSpec(initialise, shard_dimension=0, weight_decay=weight_decay)
+        return ParameterSpec(initialise, weight_decay=weight_decay, partial_gradient=True)
+
+    def state_tensors(self) -> dict[str, StateTensor]:
+        return self.states
+
+    def _groups_of_heads(self, channels: Tensor) -> Tensor:
+        """``(..., groups * state_size)`` to ``(..., groups, state_size)``, of groups that this rank's heads share."""
+        groups = channels.unflatten(-1, (-1, self.config.state_size))
+        if self.groups_are_split:
+            return groups
+        heads_per_group = self.local_heads * parallel_state.get_tensor_model_parallel_world_size()
+        heads_per_group //= self.config.num_groups
+        first = self.local_heads * parallel_state.get_tensor_model_parallel_rank()
+        of_head = torch.arange(first, first + self.local_heads, device=channels.device) // heads_per_group
+        # Heads of one group stay together where that fits; else each head takes a copy of its group's.
+        chosen = of_head.unique_consecutive()
+        even = self.local_heads % len(chosen) == 0 and torch.equal(
+            chosen.repeat_interleave(self.local_heads // len(chosen)), of_head
+        )
+        return groups.index_select(-2, chosen if even else of_head)
+
+    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+        gate, value, key, query, step = self.projections(hidden)
+        starts = None if documents is None else documents.starts
+        final: State = {}
+        convolved = {}
+        # One convolution over all channels; each part has weights and a state of its own.
+        parts = dict(zip(CONVOLVED, (value, key, query), strict=True))
+        sizes = [part.shape[-1] for part in parts.values()]
+        weight = torch.cat([getattr(self, f"{name}_convolution_weight") for name in CONVOLVED])
+        bias = None
+        if self.config.convolution_bias:
+            bias = torch.cat([getattr(self, f"{name}_convolution_bias") for name in CONVOLVED])
+        before = None
+        if state is not None:
+            before = torch.cat([state[f"{name}_convolution"] for name in CONVOLVED], dim=-1)
+        outputs, window = causal_conv1d(
+            torch.cat(list(parts.values()), dim=-1).transpose(0, 1),
+            weight,
+            bias,
+            initial_state=before,
+            document_starts=starts,
+            activation="silu",
+        )
+        for name, part, end in zip(CONVOLVED, outputs.split(sizes, -1), window.split(sizes, -1), strict=True):
+            convolved[name] = part
+            final[f"{name}_convolution"] = end
+        recurrent, final["matrix"] = ssd(
+            convolved["value"].unflatten(-1, (self.local_heads, self.config.head_size)),
+            nn.functional.softplus(step.float() + self.step_size_bias).transpose(0, 1),
+            -torch.exp(self.log_decay_rate),
+            self._groups_of_heads(convolved["key"]),
+            self._groups_of_heads(convolved["query"]),
+            skip=self.skip,
+            initial_state=None if state is None else state["matrix"],
+            document_starts=starts,
+            chunk_size=self.config.chunk_size,
+        )
+        gated = recurrent.transpose(0, 1).flatten(2).float() * nn.functional.silu(gate.float())
+        return self.output(self.norm(gated).to(hidden.dtype)), final
+
+
+MIXER = Mamba2

@@ -1,0 +1,26 @@
+"""What ParaGRU costs, from its configuration alone. Imports no torch."""
+
+from __future__ import annotations
+
+from pretrain.models.newton_config import block_cost
+from pretrain.models.para_gru.config import ParaGRUConfig
+from pretrain.models.registry import MixerCost
+
+# Of one step per channel: two gates of a multiply-add, the candidate's a multiplication more, the blend of old
+# and new state as an addition to the old, and three nonlinearities.
+CELL_FLOPS = 2 * 2 + 3 + 3 + 3
+
+
+def cost(
+    config: ParaGRUConfig, hidden_size: int, sequence_length: int, bytes_per_element: int, num_layers: int
+) -> MixerCost:
+    """Costs of one ParaGRU layer.
+
+    Args:
+        config: of the mixer.
+        hidden_size: width of the residual stream.
+        sequence_length: tokens per sequence; changes nothing here.
+        bytes_per_element: of activations.
+        num_layers: of the whole model; changes nothing here.
+    """
+    return block_cost(config, hidden_size, bytes_per_element, state_size=1, peepholes=0, cell_flops=CELL_FLOPS)

@@ -1,0 +1,1 @@
+"""ParaLSTM: an LSTM with elementwise recurrence and peepholes, solved in parallel by Newton's method."""

@@ -1,0 +1,44 @@
+"""The ParaLSTM mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.newton_rnn import NewtonReport, newton_lstm
+from pretrain.models.mixer import State
+from pretrain.models.newton_block import NewtonBlock
+
+
+class ParaLSTM(NewtonBlock):
+    """LSTM with diagonal recurrent weights and peepholes (Danieli et al. 2025, arXiv 2510.21450).
+
+    The input gate is what the forget gate leaves. Per channel, with ``A`` the parameter ``recurrent``, ``C``
+    the parameter ``peephole`` (on the old cell for ``f``, on the new one for ``o``)::
+
+        f_t = sigmoid(A_f h_{t-1} + C_f c_{t-1} + p_f)   c_t = f_t c_{t-1} + (1 - f_t) tanh(A_c h_{t-1} + p_c)
+        o_t = sigmoid(A_o h_{t-1} + C_o c_t + p_o)       h_t = o_t tanh(c_t)
+
+    The higher the bias of ``f``, the longer a channel remembers. The authors' code starts it at -1 to 0, as it
+    does ParaGRU's ``z``, which would make an LSTM forget; here it starts at 0 to 1.
+    """
+
+    peepholes = 2
+    state_names = ("cell", "hidden")
+    keeping_sign = 1
+
+    def solve(
+        self, gates: Tensor, state: State | None, starts: Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], NewtonReport]:
+        initial = None if state is None else torch.stack([state["cell"], state["hidden"]], dim=1)
+        hidden, final, report = newton_lstm(
+            gates, self.recurrent, self.peephole, initial_state=initial, document_starts=starts, **options
+        )
+        cell, last = final.unbind(1)
+        return hidden, {"cell": cell, "hidden": last}, report
+
+
+MIXER = ParaLSTM
