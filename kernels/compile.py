@@ -67,9 +67,10 @@ def registered_launches() -> list[Launch]:
     for family, launches in families().items():
         for launch in launches():
             name = launch.kernel.__name__
-            if owners.setdefault(name, family) != family:
+            first = found.setdefault(name, launch)
+            if first.kernel is not launch.kernel:
                 raise ValueError(f"kernels.{family} and kernels.{owners[name]} both have a kernel named {name}")
-            found[name] = launch
+            owners.setdefault(name, family)
     return list(found.values())
 
 

@@ -208,11 +208,32 @@ def bench_train(
 
 
 @bench_app.command("kernels")
-def bench_kernels() -> None:
-    """Compile the Triton kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory."""
-    from pretrain.bench.kernels import print_compiled_kernels
+def bench_kernels(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="a kernel to time, can be given several times; default: all", metavar="NAME"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="of torch on the CPU")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="time nothing; compile the Triton kernels for sm_80, sm_90 and sm_100, no GPU needed, and print "
+            "registers, spills and shared memory",
+        ),
+    ] = False,
+) -> None:
+    """Time of forward and backward of each cell beside its peers, and beside what bounds it on this machine."""
+    from pretrain.bench.kernels import print_bench_kernels, print_compiled_kernels
 
-    print_compiled_kernels()
+    if compiled and (only or as_json):
+        raise InputError("--compile prints one table of all kernels: leave out --only and --json")
+    if compiled:
+        print_compiled_kernels()
+    else:
+        print_bench_kernels(only or [], rounds, threads, as_json)
 
 
 def _say(text: str) -> None:

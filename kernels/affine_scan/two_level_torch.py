@@ -180,6 +180,7 @@ class _AffineScan(torch.autograd.Function):
             if cuts is not None:
                 shape = (*cuts.shape, *[1] * (coefficients.dim() - 2))
                 coefficients_gradient.masked_fill_(cuts.view(shape), 0.0)
+        initial_gradient = None if initial is None else initial_gradient
         return coefficients_gradient, inputs_gradient, initial_gradient, None, None
 
 

@@ -21,7 +21,7 @@ it is routed. Layouts are those of `triton_forward`.
 import triton
 import triton.language as tl
 
-from kernels.mlstm.triton_forward import document_before, load_columns, load_rows, load_state, store_state
+from kernels.tiles import document_before, load_columns, load_rows, load_state, store_state
 
 
 @triton.jit

@@ -8,7 +8,7 @@ chunk, tile by tile. All tokens are computed at once. `triton_backward` tells ho
 import triton
 import triton.language as tl
 
-from kernels.mlstm.triton_forward import document_before, load_columns, load_rows, load_state
+from kernels.tiles import document_before, load_columns, load_rows, load_state
 
 
 @triton.jit

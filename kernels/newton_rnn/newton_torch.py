@@ -99,6 +99,8 @@ def _solve_block(
         if iteration >= settings.iterations:
             residual = (cell.step(previous, inputs, parameters) - after).abs_().amax(within)
             converged = residual <= threshold * after.abs().amax(within).clamp(min=1.0)
+            # A trajectory that ran off to infinity has an infinite bound as well.
+            converged &= residual.isfinite()
             if converged.all() or iteration == settings.max_iterations:
                 break
         value, jacobian = cell.linearise(previous, inputs, parameters)

@@ -19,8 +19,8 @@ from kernels.newton_rnn.newton_torch import NewtonReport, Settings
 # Components of the state -> forward and backward kernel with the tokens and channels of a program's tile and its
 # warps. Fixed rather than tuned at run time, and never keyed on the sequence length.
 KERNELS = {
-    1: ((triton_gru.newton_gru_kernel, 32, 32, 4), (triton_gru.newton_gru_backward_kernel, 32, 32, 4)),
-    2: ((triton_lstm.newton_lstm_kernel, 32, 32, 4), (triton_lstm.newton_lstm_backward_kernel, 32, 32, 4)),
+    1: ((triton_gru.newton_gru_kernel, 32, 32, 4), (triton_gru.newton_gru_backward_kernel, 32, 32, 8)),
+    2: ((triton_lstm.newton_lstm_kernel, 32, 32, 4), (triton_lstm.newton_lstm_backward_kernel, 16, 32, 4)),
 }
 
 

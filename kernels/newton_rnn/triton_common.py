@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, to an absolute error of a unit of rounding of 1, in the compiler and the interpreter alike."""
+    """Hyperbolic tangent to a unit of rounding of 1, in the compiler and the interpreter alike."""
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
@@ -27,6 +27,12 @@ def largest(tile, mask):
     """The largest magnitude where ``mask``; infinite if a value is not a number, which a maximum would ignore."""
     magnitude = tl.where(tile == tile, tl.abs(tile), float("inf"))
     return tl.max(tl.max(tl.where(mask, magnitude, 0.0), 1), 0)
+
+
+@triton.jit
+def is_small(residual, scale, tolerance):
+    """Whether the residual passes. A trajectory that ran off to infinity has an infinite scale as well."""
+    return (residual <= tolerance * tl.maximum(scale, 1.0)) & (residual < float("inf"))
 
 
 @triton.jit

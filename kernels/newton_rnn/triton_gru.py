@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels.affine_scan.triton_diagonal import compose_diagonal
 from kernels.newton_rnn.triton_common import (
+    is_small,
     largest,
     load_cuts,
     load_gates,
@@ -72,16 +73,15 @@ def newton_gru_kernel(
             z, r, n, weighted = gru_gates(before, p_z, p_r, p_n, a_z[None, :], a_r[None, :], a_n[None, :])
             missing = before + z * (n - before) - state
             residual = largest(missing, mask)
-            bound = tolerance * tl.maximum(largest(state, mask), 1.0)
-            converged = (residual <= bound) & (iteration >= ITERATIONS)
-            if converged | (iteration >= MAX_ITERATIONS):
+            solved = is_small(residual, largest(state, mask), tolerance)
+            if (solved & (iteration >= ITERATIONS)) | (iteration >= MAX_ITERATIONS):
                 pending = 0
             else:
                 slope = gru_jacobian(before, z, r, n, weighted, a_z[None, :], a_r[None, :], a_n[None, :])
                 _, change = tl.associative_scan((tl.where(cut, 0.0, slope), missing), 0, compose_diagonal)
                 state += change
                 iteration += 1
-        if residual <= tolerance * tl.maximum(largest(state, mask), 1.0):
+        if is_small(residual, largest(state, mask), tolerance):
             worst = tl.maximum(worst, residual)
         else:
             fallbacks += 1

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kernels.affine_scan.triton_pairs import compose_pairs
 from kernels.newton_rnn.triton_common import (
+    is_small,
     largest,
     load_cuts,
     load_gates,
@@ -85,9 +86,8 @@ def newton_lstm_kernel(
             missing_c = new_c - cell
             missing_h = o * squashed - hidden
             residual = tl.maximum(largest(missing_c, mask), largest(missing_h, mask))
-            bound = tolerance * tl.maximum(tl.maximum(largest(cell, mask), largest(hidden, mask)), 1.0)
-            converged = (residual <= bound) & (iteration >= ITERATIONS)
-            if converged | (iteration >= MAX_ITERATIONS):
+            solved = is_small(residual, tl.maximum(largest(cell, mask), largest(hidden, mask)), tolerance)
+            if (solved & (iteration >= ITERATIONS)) | (iteration >= MAX_ITERATIONS):
                 pending = 0
             else:
                 j_cc, j_ch, j_hc, j_hh = lstm_jacobian(
@@ -100,7 +100,7 @@ def newton_lstm_kernel(
                 cell += change_c
                 hidden += change_h
                 iteration += 1
-        if residual <= tolerance * tl.maximum(tl.maximum(largest(cell, mask), largest(hidden, mask)), 1.0):
+        if is_small(residual, tl.maximum(largest(cell, mask), largest(hidden, mask)), tolerance):
             worst = tl.maximum(worst, residual)
         else:
             fallbacks += 1

@@ -72,6 +72,11 @@ def ssd(
         return ssd_reference(*inputs)
     if backend == "torch":
         return ssd_chunkwise(*inputs, chunk_size)
+    if backend == "triton":
+        # Imported here because Triton is slow to import and absent from some CPU installations.
+        from kernels.ssd.chunkwise_triton import ssd_triton
+
+        return ssd_triton(*inputs, chunk_size)
     raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
 
 
