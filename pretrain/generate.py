@@ -60,8 +60,9 @@ def generate(
 ) -> list[bytes]:
     """Continues each prompt as the beginning of a document, until the model ends the document.
 
-    Every token costs the same, however long the text. Prompts are read in groups of equal length, so that
-    nothing but their own tokens enters a state; a state has no length, so all are then continued together.
+    Every token costs the same, however long the text, but for layers whose state grows with it (attention). Prompts
+    are read in groups of equal length, so that nothing but their own tokens enters a state; all are then continued
+    together.
 
     Args:
         model: whole in this process.
@@ -153,11 +154,29 @@ def _read_prompts(model: Decoder, encoded: list[list[int]]) -> tuple[list[int], 
         order += rows
         all_logits.append(logits[:, -1])
         all_states.append(states)
-    merged = {
-        layer: {name: torch.cat([states[layer][name] for states in all_states]) for name in state}
-        for layer, state in all_states[0].items()
-    }
-    return order, torch.cat(all_logits), merged
+    return order, torch.cat(all_logits), _join_rows(all_states)
+
+
+def _join_rows(states: Sequence[dict[str, State]]) -> dict[str, State]:
+    """States of several batches as those of one.
+
+    Of a tensor that grows the newest entries are last, and zeros in front of them are entries that do not count.
+    """
+    joined: dict[str, State] = {}
+    for layer, state in states[0].items():
+        joined[layer] = {}
+        for name in state:
+            tensors = [of_batch[layer][name] for of_batch in states]
+            longest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+            joined[layer][name] = torch.cat([_padded_in_front(tensor, longest) for tensor in tensors])
+    return joined
+
+
+def _padded_in_front(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``tensor`` with zeros in front until its dimensions after the first have these sizes."""
+    missing = [most - size for most, size in zip(sizes, tensor.shape[1:], strict=True)]
+    # Torch takes the last dimension first.
+    return torch.nn.functional.pad(tensor, [edge for amount in reversed(missing) for edge in (amount, 0)])
 
 
 def _select_rows(states: dict[str, State], rows: list[int]) -> dict[str, State]:

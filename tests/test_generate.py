@@ -12,7 +12,7 @@ from pretrain import generate as generate_module
 from pretrain.errors import InputError
 from pretrain.generate import generate, generate_text
 from pretrain.models.decoder import Decoder
-from tests.configurations import tiny_config
+from tests.configurations import TINY_MODEL, tiny_config
 from tests.convert.checkpoints import model_section, random_decoder, write_run
 
 TOKENIZER = ByteTokenizer()
@@ -20,9 +20,22 @@ BOUNDARY = TOKENIZER.boundary_id
 PROMPTS = [b"state", b"", b"a longer prompt, over several chunks of eight", b"gates", b"\xff\x00 any bytes"]
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return random_decoder(tiny_config(model=model_section()))
+ATTENTION = {"type": "attention", "num_heads": 4, "num_key_value_heads": 2}
+HYBRID = {
+    "layers": ["mlstm", "attention", "window"],
+    "num_layers": 3,
+    "blocks": {
+        **TINY_MODEL["blocks"],
+        "attention": {"mixer": ATTENTION, "channel": {"type": "mlp"}},
+        "window": {"mixer": ATTENTION | {"sliding_window": 9}},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["recurrent", "hybrid"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    """One whose states have a fixed size, and one with states that grow."""
+    return random_decoder(tiny_config(model=model_section(**(HYBRID if request.param == "hybrid" else {}))))
 
 
 def _greedy_by_whole_passes(decoder: Decoder, prompt: bytes, max_new_tokens: int) -> list[int]:

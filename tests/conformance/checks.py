@@ -19,6 +19,7 @@ from tests.conformance.tools import (
     call,
     generator_of,
     gradients,
+    observable,
     random_hidden,
     random_length,
     weighted_sum,
@@ -83,11 +84,13 @@ def cutting(case: Case) -> None:
         starts = None if beginning == "none" else random_starts(case, length)
         inputs = {"hidden": hidden} | {f"initial {name}": tensor for name, tensor in (state or {}).items()}
         whole, final = run_pieces(mixer, hidden, [length], state, starts)
+        final = observable(case, mixer, final)
         expected = gradients(weighted_sum(case, {"output": whole} | final), mixer, inputs)
         assert_every_parameter_matters(mixer, expected)
         for name, lengths in {"chunks": random_cuts(case, length), "tokens": [1] * length}.items():
             what = f"{name}, initial state {beginning}"
             output, last = run_pieces(mixer, hidden, lengths, state, starts)
+            last = observable(case, mixer, last)
             assert_close(output, whole, OUTPUT_TOLERANCE, f"{what}, output")
             assert_all_close(last, final, OUTPUT_TOLERANCE, f"{what}, final state")
             found = gradients(weighted_sum(case, {"output": output} | last), mixer, inputs)
@@ -95,6 +98,7 @@ def cutting(case: Case) -> None:
             # Decoding records no graph, for which a mixer may have another path.
             with torch.no_grad():
                 output, last = run_pieces(mixer, hidden, lengths, state, starts)
+                last = observable(case, mixer, last)
             assert_close(output, whole, OUTPUT_TOLERANCE, f"{what}, output without a graph")
             assert_all_close(last, final, OUTPUT_TOLERANCE, f"{what}, final state without a graph")
 
@@ -137,14 +141,14 @@ def documents(case: Case) -> None:
             output, final = mixer(hidden[first:last, row : row + 1], own, None)
             pieces.append(output)
         outputs.append(torch.cat(pieces))
-        finals.append(final)
+        finals.append(observable(case, mixer, final, slice(row, row + 1)))
     alone = {"output": torch.cat(outputs, dim=1)}
-    alone |= {name: torch.cat([final[name] for final in finals]) for name in state}
+    alone |= {name: torch.cat([final[name] for final in finals], int(name not in state)) for name in finals[0]}
     expected = gradients(weighted_sum(case, alone), mixer, inputs)
     assert_every_parameter_matters(mixer, expected)
 
     output, final = mixer(hidden, state, Documents(starts))
-    packed = {"output": output} | final
+    packed = {"output": output} | observable(case, mixer, final)
     assert_all_close(packed, alone, OUTPUT_TOLERANCE, "packed documents")
     assert_all_close(
         gradients(weighted_sum(case, packed), mixer, inputs),
@@ -166,11 +170,27 @@ def state(case: Case) -> None:
         assert output.shape == hidden.shape and output.dtype == dtype
         for what, tensors in (("initial", initial), ("final", final)):
             found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-            expected = {name: ((2, *tensor.shape), torch.float32) for name, tensor in declared.items()}
+            expected = {}
+            for name, tensor in declared.items():
+                # What grows begins empty; how much of it a mixer keeps is its own affair.
+                grown = dict(enumerate(found[name][0][1:])) if what == "final" and name in found else {}
+                sizes = (grown.get(place, 0) if size is None else size for place, size in enumerate(tensor.shape))
+                expected[name] = ((2, *sizes), torch.float32)
             assert found == expected, f"{what} state of {dtype}"
     output, final = mixer(hidden, None, None)
     from_initial, final_from_initial = mixer(hidden, initial, None)
     assert_close(from_initial, output, OUTPUT_TOLERANCE, "output from initial_state()")
+    # As where sequences of several lengths are joined: the newest entries are last.
+    padded = {
+        name: torch.nn.functional.pad(
+            tensor, [edge for size in reversed(declared[name].shape) for edge in ((3 if size is None else 0), 0)]
+        )
+        for name, tensor in final.items()
+    }
+    assert_all_close(
+        observable(case, mixer, padded), observable(case, mixer, final), OUTPUT_TOLERANCE, "zeros in front of the state"
+    )
+    final, final_from_initial = observable(case, mixer, final), observable(case, mixer, final_from_initial)
     assert_all_close(final_from_initial, final, OUTPUT_TOLERANCE, "state from initial_state()")
 
 

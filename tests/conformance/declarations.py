@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.convert.native import assemble
 from pretrain.errors import InputError
 from pretrain.models.hugging_face import pieces_of_tensors
-from pretrain.models.mixer import SequenceMixer
+from pretrain.models.mixer import SequenceMixer, State
 from pretrain.models.parameters import initialise_weights
 from tests.conformance.cases import Case
 from tests.conformance.tools import NUM_LAYERS, build, call, context_of, random_hidden, random_length
@@ -25,9 +25,27 @@ def _baddbmm_flops(_: object, left: torch.Size, right: torch.Size, **__: object)
     return 2 * batch * rows * inner * right[2]
 
 
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# Operations that torch's counter leaves out.
+_FORMULAS = {
+    torch.ops.aten.baddbmm_: _baddbmm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 def _counted_flops(run: Callable[[], object]) -> int:
-    """FLOPs of matrix products, with the in-place form of baddbmm, which torch's counter leaves out."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _baddbmm_flops}) as counter:
+    """FLOPs of matrix products."""
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -39,9 +57,12 @@ def cost(case: Case) -> None:
     for length in (1, 5, 16, random_length(case)):
         declared = case.family.cost(case.config, case.hidden_size, length, 4, NUM_LAYERS)
         hidden = random_hidden(case, length, batch).requires_grad_()
-        outputs: list[Tensor] = []
-        forward = _counted_flops(lambda hidden=hidden, outputs=outputs: outputs.append(call(mixer, hidden)[0]))
-        backward = _counted_flops(lambda outputs=outputs: outputs[0].sum().backward())
+        results: list[tuple[Tensor, State]] = []
+        forward = _counted_flops(lambda hidden=hidden, results=results: results.append(call(mixer, hidden)))
+        output, state = results.pop()
+        backward = _counted_flops(output.sum().backward)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        assert declared.state_bytes * batch == held, f"length {length}: {held / batch} bytes of state"
         projections = declared.projection_flops_per_token
         # Formulas divide by the length, so they hold to float64's rounding.
         for counted, scan, times in (
@@ -56,8 +77,6 @@ def cost(case: Case) -> None:
     assert declared.parameters == sum(map(Tensor.numel, parameters))
     assert declared.parameters_replicated == sum(map(Tensor.numel, replicated))
     assert 0 < declared.active_parameters <= declared.parameters
-    tensors = mixer.state_tensors().values() if isinstance(mixer, SequenceMixer) else ()
-    assert declared.state_bytes == sum(4 * math.prod(tensor.shape) for tensor in tensors)
 
 
 def _first_weights(case: Case, seed: int, name: str) -> dict[str, Tensor]:

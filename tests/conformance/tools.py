@@ -60,6 +60,27 @@ def random_length(case: Case) -> int:
     return int(torch.randint(17, 30, (), generator=generator_of(case, "length")))
 
 
+def observable(case: Case, mixer: SequenceMixer, state: State, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """What two states that mean the same must agree on, the gradient's path through them included.
+
+    Tensors that do not grow are compared as they are. A tensor that grows may keep more or less of what nothing reads
+    any more, so it is known by what is read from it: the outputs of tokens that follow.
+
+    Args:
+        case: the mixer's.
+        mixer: that left the state.
+        state: of some sequences.
+        rows: which of three sequences those are; each is followed by tokens of its own.
+    """
+    growing = {name for name, tensor in mixer.state_tensors().items() if None in tensor.shape}
+    found = {name: tensor for name, tensor in state.items() if name not in growing}
+    if growing:
+        batch = next(iter(state.values())).shape[0]
+        following = random_hidden(case, 4, 3, "following")[:, rows][:, :batch]
+        found["outputs that follow"], _ = mixer(following, state, None)
+    return found
+
+
 def weighted_sum(case: Case, tensors: Mapping[str, Tensor]) -> Tensor:
     """A scalar whose gradient reaches every element of every tensor with another weight."""
     terms = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.errors import InputError
-from pretrain.models.hugging_face import Piece
+from pretrain.models.hugging_face import ANY_TIME_STEP, Piece
 from pretrain.models.mamba2.config import Mamba2Config
 
 
@@ -34,9 +34,6 @@ KEYS = {
 }
 LAYER_TYPES = dict.fromkeys(("nemotron_h", "bamba", "granitemoehybrid"), "linear_attention")
 
-# Step sizes are not limited; JSON has no infinity.
-_NO_LIMIT = [0.0, 1e30]
-
 
 def _expand(config: Mamba2Config, hidden_size: int) -> int:
     """The whole number that classes multiply ``hidden_size`` by.
@@ -61,7 +58,7 @@ def _mamba2_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
         "use_conv_bias": config.convolution_bias,
         "chunk_size": config.chunk_size,
         "layer_norm_epsilon": config.norm_epsilon,
-        "time_step_limit": _NO_LIMIT,
+        "time_step_limit": ANY_TIME_STEP,
     }
 
 
@@ -75,7 +72,7 @@ def _nemotron_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object
         "use_conv_bias": config.convolution_bias,
         "chunk_size": config.chunk_size,
         "layer_norm_epsilon": config.norm_epsilon,
-        "time_step_limit": _NO_LIMIT,
+        "time_step_limit": ANY_TIME_STEP,
         # The class raises step sizes to this one, and takes its logarithm for fresh weights.
         "time_step_min": 1e-30,
     }
@@ -93,7 +90,7 @@ def _bamba_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
         "mamba_conv_bias": config.convolution_bias,
         "mamba_chunk_size": config.chunk_size,
         "rms_norm_eps": config.norm_epsilon,
-        "time_step_limit": _NO_LIMIT,
+        "time_step_limit": ANY_TIME_STEP,
     }
 
 

@@ -1,4 +1,4 @@
-"""mLSTM in Hugging Face's form: parameter names and configuration fields, by ``model_type``."""
+"""mLSTM in Hugging Face's form: native names and fields by ``model_type``, settings of ``modeling.py``."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def _xlstm_fields(config: MLSTMConfig, hidden_size: int) -> dict[str, object]:
 
 
 FIELDS = {"xlstm": _xlstm_fields}
+
+
+def settings(config: MLSTMConfig, hidden_size: int) -> dict[str, object]:
+    return {
+        "num_heads": config.num_heads,
+        "query_key_size": config.query_key_size(hidden_size),
+        "value_size": config.value_size(hidden_size),
+        "gate_soft_cap": config.gate_soft_cap,
+        "norm_epsilon": config.norm_epsilon,
+        "cell_epsilon": config.cell_epsilon,
+        "chunk_size": config.chunk_size,
+    }

@@ -1,9 +1,10 @@
-"""SwiGLU in Hugging Face's form: parameter names and configuration fields, by ``model_type``."""
+"""SwiGLU in Hugging Face's form: native names and fields by ``model_type``, settings of ``modeling.py``."""
 
 from __future__ import annotations
 
 from pretrain.errors import InputError
 from pretrain.models.channel.swiglu.config import SwiGLUConfig
+from pretrain.models.hugging_face import Piece
 
 # Our name within the mixer -> the name within a block of the native class.
 KEYS = {
@@ -11,7 +12,17 @@ KEYS = {
         "projections.gate_weight": "ffn.proj_up_gate.weight",
         "projections.up_weight": "ffn.proj_up.weight",
         "down.weight": "ffn.proj_down.weight",
-    }
+    },
+    "bamba": {
+        "projections.gate_weight": "feed_forward.gate_proj.weight",
+        "projections.up_weight": "feed_forward.up_proj.weight",
+        "down.weight": "feed_forward.down_proj.weight",
+    },
+    "granitemoehybrid": {
+        "projections.gate_weight": Piece("shared_mlp.input_linear.weight", 0),
+        "projections.up_weight": Piece("shared_mlp.input_linear.weight", 1),
+        "down.weight": "shared_mlp.output_linear.weight",
+    },
 }
 
 
@@ -43,4 +54,18 @@ def _xlstm_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
     )
 
 
-FIELDS = {"xlstm": _xlstm_fields}
+def _bamba_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
+    return {"intermediate_size": config.inner_size(hidden_size)}
+
+
+def _granite_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
+    inner = config.inner_size(hidden_size)
+    # The second is of experts, of which there are none.
+    return {"shared_intermediate_size": inner, "intermediate_size": inner}
+
+
+FIELDS = {"xlstm": _xlstm_fields, "bamba": _bamba_fields, "granitemoehybrid": _granite_fields}
+
+
+def settings(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
+    return {"inner_size": config.inner_size(hidden_size)}

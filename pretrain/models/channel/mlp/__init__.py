@@ -1,0 +1,1 @@
+"""MLP: a feed-forward network with a choice of activation, gated or not."""

@@ -1,0 +1,61 @@
+"""What a mixer's ``hf.py`` is written in. Imports no torch.
+
+* ``KEYS``: ``model_type`` of each native ``transformers`` class that has this layer -> our parameter names within
+  the mixer -> where each goes within a block of that class: a name, or a :class:`Piece` of a tensor there. A
+  parameter that only some configurations have is named too.
+* ``FIELDS``: the same classes -> a function of ``(config, hidden_size)`` that gives the class's configuration fields,
+  or raises :class:`pretrain.errors.InputError` where the class has no such layer.
+* ``LAYER_TYPES``: for classes that list the type of each layer, what this one is called there.
+* ``settings(config, hidden_size)``: keyword arguments for the class in the mixer's ``modeling.py``, as JSON holds
+  them; only where there is a ``modeling.py``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# ``time_step_limit`` of the classes that have Mamba-2: no limit. Their own default holds an infinity, which JSON lacks.
+ANY_TIME_STEP = [0.0, 1e30]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of our parameters as a piece of a tensor of a native class.
+
+    Attributes:
+        name: of the tensor.
+        order: place among its pieces, which follow each other along dimension 0.
+        unsqueeze: a dimension of length 1 that the tensor has and our parameter lacks.
+    """
+
+    name: str
+    order: int = 0
+    unsqueeze: int | None = None
+
+
+def pieces_of_tensors(places: Mapping[str, str | Piece], parameters: Iterable[str]) -> dict[str, dict[str, Piece]]:
+    """Which parameters make up each tensor of a native class.
+
+    Args:
+        places: our names -> a name there, or a piece of a tensor there.
+        parameters: names of the parameters that there are.
+
+    Returns:
+        Tensor -> its parameters and their pieces, in order.
+
+    Raises:
+        ValueError: a parameter has no place, or two have the same.
+    """
+    tensors: defaultdict[str, dict[str, Piece]] = defaultdict(dict)
+    for parameter in parameters:
+        if parameter not in places:
+            raise ValueError(f"the parameter {parameter!r} has no name there")
+        place = places[parameter]
+        piece = Piece(place) if isinstance(place, str) else place
+        tensors[piece.name][parameter] = piece
+    for tensor, pieces in tensors.items():
+        if len({piece.order for piece in pieces.values()}) < len(pieces):
+            raise ValueError(f"the parameters {', '.join(pieces)} have one place in {tensor!r}")
+    return {tensor: dict(sorted(pieces.items(), key=lambda item: item[1].order)) for tensor, pieces in tensors.items()}
