@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import CheckError
 from pretrain.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Package of code that transformers copied from a model's directory.
+_CODE_CACHE = "transformers_modules."
 
 # Both sides compute in float32 and differ only in the order of sums.
 LOGIT_TOLERANCE = 1e-4
@@ -64,8 +73,14 @@ def compare_with_transformers(
 
     with _without_progress_bars():
         exported, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            # Written just now, by this package.
+            trust_remote_code=True,
         )
+    _forget_code(exported)
     problems = {kind: names for kind, names in loading.items() if names}
     if problems:
         raise CheckError(f"transformers did not load every tensor as it was written: {problems}")
@@ -77,6 +92,20 @@ def compare_with_transformers(
     largest = _largest_difference(ours, theirs)
     noise = None if largest <= tolerance else _rounding_noise(decoder, batches, ours)
     return Comparison(largest, tolerance, COMPARED_LENGTHS, noise)
+
+
+def _forget_code(model: PreTrainedModel) -> None:
+    """Removes the copy of a model's code that ``transformers`` keeps in the user's cache; the model goes on working.
+
+    The directory that it was loaded from is about to be renamed, so nothing would find it there again.
+    """
+    module = type(model).__module__
+    if module.startswith(_CODE_CACHE):
+        # Below the model's name are versions, which configuration and model need not share.
+        package = module.rsplit(".", 2)[0]
+        shutil.rmtree(Path(sys.modules[module].__file__ or "").parents[1], ignore_errors=True)
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]
 
 
 def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:

@@ -1,31 +1,40 @@
-"""Export: a checkpoint becomes a directory that ``transformers`` loads without any code of ours.
+"""Export: a checkpoint becomes a directory that ``transformers`` loads without this package.
 
-The directory is written beside its place, loaded back, compared with our model, and only then renamed.
+Where a native class of ``transformers`` holds the model, the directory is of that class; otherwise it brings the
+code of its mixers, for ``trust_remote_code=True``. It is written beside its place, loaded back, compared with our
+model, and only then renamed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from data.errors import DataError
 from data.tokenizers import Tokenizer, open_tokenizer
 from pretrain.config.schema import ModelConfig
-from pretrain.convert import xlstm
+from pretrain.convert import custom
+from pretrain.convert.bamba import BAMBA
 from pretrain.convert.comparison import LOGIT_TOLERANCE, Comparison, compare_with_transformers
+from pretrain.convert.custom import CustomForm
+from pretrain.convert.granite_moe_hybrid import GRANITE_MOE_HYBRID
+from pretrain.convert.mamba2 import MAMBA2
+from pretrain.convert.native import NativeClass, NativeForm, first_native_form
+from pretrain.convert.nemotron_h import NEMOTRON_H
 from pretrain.convert.tokenizer import write_tokenizer
+from pretrain.convert.xlstm import XLSTM
 from pretrain.errors import CheckError, InputError
-from pretrain.models.decoder import Decoder
 from pretrain.models.loading import load_decoder
 
-# One module for each native class; the first that fits is taken.
-NATIVE_CLASSES: tuple[ModuleType, ...] = (xlstm,)
+# The first that fits is taken.
+NATIVE_CLASSES: tuple[NativeClass, ...] = (XLSTM, MAMBA2, NEMOTRON_H, BAMBA, GRANITE_MOE_HYBRID)
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -38,11 +47,13 @@ class ExportReport:
         output: the directory.
         checkpoint: that the weights come from.
         step: optimizer steps that they were trained for.
-        architecture: the ``transformers`` class.
+        architecture: the class that loads it.
         parameters: number of weights, float32.
         comparison: the exported model's logits beside ours.
         cached_generation: whether ``generate`` carries the recurrent state from token to token; False where
             the class's cache cannot hold a state of this model's sizes, so that each token reads all before it.
+        needs_code: whether the directory brings its own code.
+        unfit: why each native class cannot hold the model, where none can.
     """
 
     output: Path
@@ -52,6 +63,8 @@ class ExportReport:
     parameters: int
     comparison: Comparison
     cached_generation: bool
+    needs_code: bool
+    unfit: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
@@ -66,16 +79,18 @@ class ExportReport:
                 "generate() will read the whole text for each token: the class's cache holds only states whose "
                 "key and value widths are multiples of 64"
             )
+        if self.needs_code:
+            lines += ["load it with trust_remote_code=True: no class of transformers holds this model", *self.unfit]
         return "\n".join(lines)
 
 
 def export_model(
     path: Path, output: Path, *, max_shard_size: str | int = MAX_SHARD_SIZE, tolerance: float = LOGIT_TOLERANCE
 ) -> ExportReport:
-    """Writes a model as a Hugging Face directory: configuration, float32 weights, tokenizer.
+    """Writes a model as a Hugging Face directory: configuration, float32 weights, tokenizer, code if it needs any.
 
     Nothing is left at ``output`` unless the directory was loaded with ``transformers`` and its logits are ours
-    on random tokens, but for rounding. The native classes know no document boundaries
+    on random tokens, but for rounding. The exported models know no document boundaries
     within a sequence: they agree with our model on sequences of one document.
 
     Args:
@@ -85,8 +100,8 @@ def export_model(
         max_shard_size: largest weight file, in bytes or as ``"5GB"``; a larger model is split, with an index.
 
     Raises:
-        InputError: no native class holds this model, the tokenizer has no Hugging Face form, the output
-            exists, or the checkpoint is not sound.
+        InputError: neither a native class nor code of its own can hold this model, the tokenizer has no Hugging
+            Face form, the output exists, or the checkpoint is not sound.
         CheckError: what was written does not give our logits or our tokens.
     """
     output = Path(output)
@@ -94,8 +109,7 @@ def export_model(
     output = output.resolve()
     loaded = load_decoder(path)
     model = loaded.config.model
-    native = _native_class(model)
-    fields = native.config_fields(model)
+    form, unfit = choose_form(model)
     try:
         tokenizer = open_tokenizer(loaded.config.data.tokenizer)
     except DataError as error:
@@ -106,14 +120,14 @@ def export_model(
             f"tokenizer file has changed since the run"
         )
 
+    weights = {name: weight.detach() for name, weight in loaded.decoder.named_parameters()}
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
         write_tokenizer(loaded.config.data.tokenizer, tokenizer, unfinished)
-        cached = native.can_cache_state(fields)
-        _write_configs(native, fields, tokenizer, cached, unfinished)
-        _write_weights(loaded.decoder, native.tensor_names(model), unfinished, max_shard_size)
+        _write_configs(form, tokenizer, model.vocab_size, unfinished)
+        _write_weights(form.tensors(weights), unfinished, max_shard_size)
         comparison = compare_with_transformers(loaded.decoder, tokenizer.vocab_size, unfinished, tolerance)
         if not comparison.agrees:
             raise CheckError(
@@ -131,11 +145,28 @@ def export_model(
         output=output,
         checkpoint=loaded.checkpoint,
         step=loaded.step,
-        architecture=native.ARCHITECTURE,
-        parameters=sum(parameter.numel() for parameter in loaded.decoder.parameters()),
+        architecture=form.architecture,
+        parameters=sum(weight.numel() for weight in weights.values()),
         comparison=comparison,
-        cached_generation=cached,
+        cached_generation=form.cached_generation,
+        needs_code=form.needs_code,
+        unfit=unfit if form.needs_code else (),
     )
+
+
+def choose_form(model: ModelConfig) -> tuple[NativeForm | CustomForm, tuple[str, ...]]:
+    """The first native class that holds the model, or code of its own; and why the classes before do not.
+
+    Raises:
+        InputError: a mixer of the model has neither; says why of each class.
+    """
+    native, unfit = first_native_form(NATIVE_CLASSES, model)
+    if native is not None:
+        return native, tuple(unfit)
+    problem = custom.problem(model)
+    if problem is not None:
+        raise InputError(f"no class of transformers holds this model, and {problem}: {'; '.join(unfit)}")
+    return CustomForm(model), tuple(unfit)
 
 
 def _check_output(output: Path) -> None:
@@ -145,37 +176,21 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output} is not empty; give the name of a new directory to export into")
 
 
-def _native_class(model: ModelConfig) -> ModuleType:
-    reasons = []
-    for native in NATIVE_CLASSES:
-        unfit = native.unfit_layers(model)
-        if not unfit:
-            return native
-        more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
-        reasons.append(f"{native.ARCHITECTURE} cannot hold {', '.join(unfit[:4])}{more}")
-    raise InputError(f"no native transformers class holds this model yet: {'; '.join(reasons)}")
-
-
-def _write_configs(
-    native: ModuleType, fields: dict[str, Any], tokenizer: Tokenizer, cached: bool, directory: Path
-) -> None:
-    from transformers import CONFIG_MAPPING, GenerationConfig
+def _write_configs(form: NativeForm | CustomForm, tokenizer: Tokenizer, vocab_size: int, directory: Path) -> None:
+    from transformers import GenerationConfig
 
     boundary_id = tokenizer.boundary_id
     marks = {"bos_token_id": boundary_id, "eos_token_id": boundary_id, "pad_token_id": boundary_id}
-    config = CONFIG_MAPPING[native.MODEL_TYPE](architectures=[native.ARCHITECTURE], dtype="float32", **fields, **marks)
-    config.save_pretrained(directory)
+    form.write_config(directory, marks)
     # Rows that only pad the vocabulary stand for no token; our own generation never draws them either.
-    padding = list(range(tokenizer.vocab_size, fields["vocab_size"])) or None
-    GenerationConfig(use_cache=cached, suppress_tokens=padding, **marks).save_pretrained(directory)
+    padding = list(range(tokenizer.vocab_size, vocab_size)) or None
+    generation: dict[str, Any] = {"use_cache": form.cached_generation, "suppress_tokens": padding, **marks}
+    GenerationConfig(**generation).save_pretrained(directory)
 
 
-def _write_weights(decoder: Decoder, names: dict[str, str], directory: Path, max_shard_size: str | int) -> None:
-    weights = dict(decoder.named_parameters())
-    if set(names) != set(weights):
-        raise CheckError(f"parameters without a Hugging Face name: {sorted(set(names) ^ set(weights))}")
-    state = {names[name]: weight.detach() for name, weight in weights.items()}
-    save_torch_state_dict(state, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
+def _write_weights(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: str | int) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_torch_state_dict(contiguous, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
     for file in directory.glob("*.safetensors"):
         # Written readable by their owner alone, unlike the other files.
         shutil.copymode(directory / "config.json", file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,20 @@ def model_section(mixer: dict[str, Any] | None = None, channel: dict[str, Any] |
 
 
 def random_decoder(config: Config, seed: int = 0) -> Decoder:
-    """A whole model in which every parameter is random: also norms, biases, and what would start at zero."""
+    """A whole model in which every parameter is random: also norms, biases, and what would start at zero.
+
+    Embeddings are larger than what the blocks add to them, so that layers amplify rounding little.
+    """
     build_topology(config)
     decoder = Decoder(config.model, megatron_config(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in declared_parameters(decoder):
             values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                values *= parameter.shape[1] ** -0.5
+            if name == "embedding.weight" and not config.model.tie_embeddings:
+                values *= 2
+            elif parameter.dim() > 1:
+                values *= math.prod(parameter.shape[1:]) ** -0.5
             elif "norm" in name:
                 values = 1 + 0.3 * values
             parameter.copy_(values)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.tokenizers.byte_level import ByteTokenizer
-from pretrain.convert import export_model as export_strictly
-from pretrain.convert import huggingface
-from pretrain.convert.comparison import COMPARED_LENGTHS
+from pretrain.convert import custom, export_model, huggingface
+from pretrain.convert.comparison import COMPARED_LENGTHS, LOGIT_TOLERANCE
 from pretrain.errors import InputError
 from pretrain.generate import generate
 from pretrain.models.mlstm import hf as mlstm_form
+from tests.configurations import tiny_config
 from tests.convert.checkpoints import model_section, random_tokens, write_run
 
-# float32 on both sides, sums in another order. These random weights amplify rounding: changing the last bit of
-# their embeddings moves their logits, of size 1 to 30, by up to 4e-4.
-TOLERANCE = 2e-3
-export_model = functools.partial(export_strictly, tolerance=TOLERANCE)
+# float32 on both sides, sums in another order.
+TOLERANCE = LOGIT_TOLERANCE
 
 # Hidden size 128 with half of it for keys: the smallest whose state Hugging Face's cache can hold.
 CACHED = {"hidden_size": 128}
@@ -167,46 +164,46 @@ def test_a_wrong_name_is_found_and_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_model_without_a_native_class_is_refused(tmp_path: Path) -> None:
-    blocks = model_section()["blocks"] | {"channel_only": {"channel": {"type": "swiglu"}}}
-    run, _ = write_run(tmp_path / "run", model_section(layers=["mlstm", "channel_only"], blocks=blocks))
-    with pytest.raises(InputError, match=r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)"):
-        export_model(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_mixer_of_another_family_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = write_run(tmp_path / "run")
-    family = huggingface.xlstm.family_of
-    monkeypatch.setattr(
-        huggingface.xlstm,
-        "family_of",
-        lambda part: SimpleNamespace(name="other") if family(part).name == "mlstm" else family(part),
-    )
-    with pytest.raises(InputError, match=r"cannot hold layer 0 \(mixer other, channel swiglu\), layer 1"):
-        export_model(run, tmp_path / "out")
+BLOCK = model_section()["blocks"]["mlstm"]
+TWO_HEADS = model_section({"num_heads": 2})["blocks"]["mlstm"]
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "problem"),
     [
         (
+            model_section(layers=["mlstm", "half"], blocks={"mlstm": BLOCK, "half": {"channel": BLOCK["channel"]}}),
+            r"xLSTMForCausalLM cannot hold layer 1 \(mixer none, channel swiglu\)$",
+        ),
+        (model_section(norm="layer"), "xLSTMForCausalLM has RMS norms, not model.norm=layer$"),
+        (model_section(tie_embeddings=True), "xLSTMForCausalLM does not tie its embeddings$"),
+        (
             model_section(norm_epsilon=1e-5),
-            "one norm_eps .* but model needs 1e-05 and model.blocks.mlstm.mixer",
+            "xLSTMForCausalLM has one norm_eps for the whole model, but model needs 1e-05 and model.blocks.mlstm.mixer",
         ),
         (
-            model_section(
-                layers=["mlstm", "other"],
-                blocks=model_section()["blocks"] | {"other": model_section({"num_heads": 2})["blocks"]["mlstm"]},
-            ),
-            "one num_heads .* model.blocks.mlstm.mixer needs 4 and model.blocks.other.mixer needs 2",
+            model_section(layers=["mlstm", "other"], blocks={"mlstm": BLOCK, "other": TWO_HEADS}),
+            "one num_heads .* model.blocks.mlstm.mixer needs 4 and model.blocks.other.mixer needs 2$",
         ),
     ],
 )
-def test_parts_that_disagree_are_refused(tmp_path: Path, model: dict, message: str) -> None:
-    run, _ = write_run(tmp_path / "run", model)
-    with pytest.raises(InputError, match=message):
+def test_what_the_class_cannot_hold_brings_its_code(model: dict, problem: str) -> None:
+    config = tiny_config(model=model).model
+    form, unfit = huggingface.choose_form(config)
+    assert form.needs_code
+    assert len(unfit) == len(huggingface.NATIVE_CLASSES)
+    assert re.search(problem, unfit[0])
+    for native, reason in zip(huggingface.NATIVE_CLASSES, unfit, strict=True):
+        assert reason.startswith(native.architecture)
+
+
+def test_a_mixer_without_any_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = write_run(tmp_path / "run", model_section(norm="layer"))
+    module = custom.modeling_module
+    monkeypatch.setattr(custom, "modeling_module", lambda family: None if family.name == "mlstm" else module(family))
+    with pytest.raises(InputError, match="needs a modeling.py.* in pretrain/models/mlstm: xLSTM.*; Mamba2.*; Bamba"):
         export_model(run, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:

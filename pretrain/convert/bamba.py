@@ -1,0 +1,36 @@
+"""``BambaForCausalLM``: Mamba-2, or attention that rotates half of each head, each with a SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.config.schema import ModelConfig
+from pretrain.convert.native import NativeClass
+from pretrain.models.hugging_face import ANY_TIME_STEP
+
+
+def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
+    return {
+        "attn_layer_indices": [layer for layer, kind in enumerate(layer_types) if kind == "full_attention"],
+        "rms_norm_eps": model.norm_epsilon,
+        # The class would never train the embedding of a padding token, and ours is the document mark.
+        "pad_token_id": None,
+    }
+
+
+BAMBA = NativeClass(
+    model_type="bamba",
+    architecture="BambaForCausalLM",
+    block="model.layers.{}",
+    names={
+        "embedding.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.final_layernorm.weight",
+        "head.weight": "lm_head.weight",
+        "mixer_norm.weight": "input_layernorm.weight",
+        "channel_norm.weight": "pre_ff_layernorm.weight",
+    },
+    parts=((True, True),),
+    fields=_fields,
+    defaults={"mamba_n_heads": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "time_step_limit": ANY_TIME_STEP},
+    counts_by_attention=True,
+)

@@ -1,0 +1,195 @@
+"""A model in a form that brings its own code: ``trust_remote_code`` loads it where no native class can hold it.
+
+The code is that of ``pretrain/convert/remote`` and of the ``modeling.py`` of the mixers that the model has, each a
+file in the exported directory: ``pretrain/models/NAME/modeling.py`` becomes ``mixer_NAME.py``. Imports between them
+are rewritten to fit, and ``mixers.py`` is written to name just those.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.config.schema import ModelConfig
+from pretrain.convert import remote
+from pretrain.convert.native import PARTS, parts_of
+from pretrain.errors import InputError
+from pretrain.models.registry import MixerConfig, MixerFamily, family_of
+
+CONFIGURATION, MODELING, MIXERS = "configuration_recurrent", "modeling_recurrent", "mixers"
+ARCHITECTURE = "RecurrentForCausalLM"
+AUTO_MAP = {"AutoConfig": f"{CONFIGURATION}.RecurrentConfig", "AutoModelForCausalLM": f"{MODELING}.{ARCHITECTURE}"}
+
+_IMPORT = re.compile(r"^from pretrain\.models((?:\.\w+)*)\.modeling import ", re.MULTILINE)
+# Within a process transformers takes the model class that it first loaded for a configuration class, and that class
+# for the same if name of the directory and code of the configuration are.
+_DIGEST = """
+# Of all the code beside this, so that models with other code have another configuration class.
+CODE_DIGEST = "{}"
+"""
+# What the copied files may import besides each other.
+_LIBRARIES = {"__future__", "collections", "dataclasses", "functools", "math", "torch", "transformers", "typing"}
+
+
+def modeling_module(family: MixerFamily) -> str | None:
+    """The module of a mixer's exported code; None where there is none."""
+    name = f"{family.package}.modeling"
+    try:
+        return name if importlib.util.find_spec(name) and hasattr(family.hugging_face, "settings") else None
+    except (ModuleNotFoundError, ValueError):
+        # The package is no folder.
+        return None
+
+
+def file_stem(module: str) -> str:
+    """The name that a ``modeling.py`` has in an exported directory."""
+    parts = module.removeprefix("pretrain.models").removesuffix(".modeling").strip(".").split(".")
+    if parts == [""]:
+        return "layers"
+    return "_".join(parts) if parts[0] == "channel" else "_".join(["mixer", *parts])
+
+
+def problem(model: ModelConfig) -> str | None:
+    """Why a model cannot be exported with code, in words; None where it can."""
+    families = {family_of(config) for block in model.blocks.values() for _, config in parts_of(block)}
+    missing = sorted(family.package for family in families if modeling_module(family) is None)
+    if not missing:
+        return None
+    places = ", ".join(package.replace(".", "/") for package in missing)
+    return f"exporting it with code of its own needs a modeling.py, and settings in hf.py, in {places}"
+
+
+def _settings(config: MixerConfig, hidden_size: int) -> dict[str, Any]:
+    family = family_of(config)
+    return {"type": family.name, **family.hugging_face.settings(config, hidden_size)}
+
+
+@dataclass(frozen=True)
+class CustomForm:
+    """A model in the form of ``RecurrentForCausalLM``, whose tensors have our names."""
+
+    model: ModelConfig
+
+    @property
+    def architecture(self) -> str:
+        return ARCHITECTURE
+
+    @property
+    def needs_code(self) -> bool:
+        return True
+
+    @property
+    def cached_generation(self) -> bool:
+        return True
+
+    def write_config(self, directory: Path, marks: Mapping[str, Any]) -> None:
+        """Writes ``config.json`` and the code."""
+        from pretrain.convert.remote.configuration_recurrent import RecurrentConfig
+
+        model = self.model
+        layers = [model.layers[layer % len(model.layers)] for layer in range(model.num_layers)]
+        blocks = {
+            name: {part: _settings(config, model.hidden_size) for part, config in parts_of(model.blocks[name])}
+            for name in sorted(set(layers))
+        }
+        config = RecurrentConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            layers=layers,
+            blocks=blocks,
+            norm=model.norm,
+            norm_epsilon=model.norm_epsilon,
+            output_logit_soft_cap=model.output_logit_soft_cap,
+            tie_word_embeddings=model.tie_embeddings,
+            architectures=[ARCHITECTURE],
+            auto_map=AUTO_MAP,
+            dtype="float32",
+            **marks,
+        )
+        config.save_pretrained(directory)
+        for name, text in self.files().items():
+            (directory / name).write_text(text)
+
+    def files(self) -> dict[str, str]:
+        """The code, by file name."""
+        families = {part: {} for part in PARTS}
+        for block in self.model.blocks.values():
+            for part, config in parts_of(block):
+                family = family_of(config)
+                families[part][family.name] = modeling_module(family)
+        code = {
+            f"{name}.py": self_contained(_source(f"{remote.__name__}.{name}")) for name in (CONFIGURATION, MODELING)
+        }
+        code[f"{MIXERS}.py"] = _mixers_file(families["mixer"], families["channel"])
+        used = {module for modules in families.values() for module in modules.values()}
+        for module in _with_imports({*used, "pretrain.models.modeling"}):
+            code[f"{file_stem(module)}.py"] = self_contained(_source(module))
+        code[f"{CONFIGURATION}.py"] += _DIGEST.format(_digest(code))
+        return code
+
+    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the weight files hold."""
+        return dict(parameters)
+
+
+def _digest(code: Mapping[str, str]) -> str:
+    return hashlib.sha256("\0".join(text for pair in sorted(code.items()) for text in pair).encode()).hexdigest()
+
+
+@functools.cache
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise InputError(f"{module} is not installed as a file, so its code cannot be exported")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _with_imports(modules: Iterable[str]) -> list[str]:
+    """The modules, and the modeling files that they import, directly or not."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += [f"pretrain.models{path}.modeling" for path in _IMPORT.findall(_source(module))]
+    return sorted(found)
+
+
+def self_contained(source: str) -> str:
+    """A file's code with its imports of other modeling files rewritten to files beside it.
+
+    Raises:
+        InputError: it imports something that an exported directory does not have.
+    """
+    rewritten = _IMPORT.sub(lambda match: f"from .{file_stem(f'pretrain.models{match[1]}.modeling')} import ", source)
+    for node in ast.walk(ast.parse(rewritten)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in names:
+            if name.split(".")[0] not in _LIBRARIES:
+                raise InputError(f"code for an exported model imports {name}, which is not shipped with it")
+    return rewritten
+
+
+def _mixers_file(mixers: Mapping[str, str], channels: Mapping[str, str]) -> str:
+    """``mixers.py``: the classes of this model's mixers by the type that its configuration gives."""
+    lines = ['"""The mixers that this model has, by their type."""', ""]
+    for modules in (mixers, channels):
+        for _, module in sorted(modules.items()):
+            stem = file_stem(module)
+            lines.append(f"from .{stem} import MODELING as {stem}")
+    for variable, modules in (("MIXERS", mixers), ("CHANNELS", channels)):
+        entries = ", ".join(f'"{name}": {file_stem(module)}' for name, module in sorted(modules.items()))
+        lines += ["", f"{variable} = {{{entries}}}"]
+    return "\n".join(lines) + "\n"

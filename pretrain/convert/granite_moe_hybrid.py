@@ -1,0 +1,38 @@
+"""``GraniteMoeHybridForCausalLM``: Mamba-2, or attention that rotates whole heads or none, each with a SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.config.schema import ModelConfig
+from pretrain.convert.native import NativeClass
+from pretrain.models.hugging_face import ANY_TIME_STEP
+
+
+def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
+    return {
+        "layer_types": layer_types,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "rms_norm_eps": model.norm_epsilon,
+        # The class would never train the embedding of a padding token, and ours is the document mark.
+        "pad_token_id": None,
+    }
+
+
+GRANITE_MOE_HYBRID = NativeClass(
+    model_type="granitemoehybrid",
+    architecture="GraniteMoeHybridForCausalLM",
+    block="model.layers.{}",
+    names={
+        "embedding.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        "mixer_norm.weight": "input_layernorm.weight",
+        "channel_norm.weight": "post_attention_layernorm.weight",
+    },
+    parts=((True, True),),
+    fields=_fields,
+    defaults={"mamba_n_heads": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "time_step_limit": ANY_TIME_STEP},
+    counts_by_attention=True,
+)

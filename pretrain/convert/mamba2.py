@@ -1,0 +1,28 @@
+"""``Mamba2ForCausalLM``: blocks of Mamba-2 alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.config.schema import ModelConfig
+from pretrain.convert.native import NativeClass
+
+
+def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
+    # Training kept the residual stream in the dtype of the activations.
+    return {"layer_norm_epsilon": model.norm_epsilon, "residual_in_fp32": False, "use_bias": False}
+
+
+MAMBA2 = NativeClass(
+    model_type="mamba2",
+    architecture="Mamba2ForCausalLM",
+    block="backbone.layers.{}",
+    names={
+        "embedding.weight": "backbone.embeddings.weight",
+        "output_norm.weight": "backbone.norm_f.weight",
+        "head.weight": "lm_head.weight",
+        "mixer_norm.weight": "norm.weight",
+    },
+    parts=((True, False),),
+    fields=_fields,
+)

@@ -1,0 +1,240 @@
+"""A decoder of recurrent and other mixers for ``transformers``, with the parameter names of its training.
+
+``generate``, fine-tuning (a call with ``labels``) and ``save_pretrained`` work as for any causal language model. The
+states of the layers are the ``past_key_values``. Documents within a sequence are not kept apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pretrain.models.modeling import NORMS, State
+
+from .configuration_recurrent import RecurrentConfig
+from .mixers import CHANNELS, MIXERS
+
+States = list[State | None]
+
+
+@dataclass
+class RowGroup:
+    """Sequences of a batch that begin with equally many padding tokens.
+
+    Attributes:
+        rows: their indices in the batch.
+        padding: tokens before the first that counts.
+        states: of each layer after the tokens read so far; None before the first.
+    """
+
+    rows: Tensor
+    padding: int
+    states: States | None = None
+
+
+class RecurrentCache:
+    """What the layers carry from one call to the next; a call returns a new one and leaves the given one as it is.
+
+    Padding never enters a state: sequences with different padding are kept, and read, apart.
+    """
+
+    is_compileable = False
+
+    def __init__(self, groups: list[RowGroup], tokens: int = 0):
+        self.groups, self.tokens = groups, tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return self.tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` becomes what sequence ``beam_idx[i]`` was."""
+        groups = []
+        for group in self.groups:
+            new_rows, members = (beam_idx.to(group.rows.device)[:, None] == group.rows).nonzero(as_tuple=True)
+            if len(new_rows):
+                states = None
+                if group.states is not None:
+                    states = [
+                        None if state is None else {name: tensor[members] for name, tensor in state.items()}
+                        for state in group.states
+                    ]
+                groups.append(RowGroup(new_rows, group.padding, states))
+        self.groups = groups
+
+
+def row_groups(attention_mask: Tensor | None, batch: int, device: torch.device) -> list[RowGroup]:
+    """A batch's sequences by the padding before them."""
+    if attention_mask is None:
+        return [RowGroup(torch.arange(batch, device=device), 0)]
+    padding = (attention_mask.cumsum(1) == 0).sum(1)
+    return [
+        RowGroup((padding == count).nonzero()[:, 0].to(device), int(count)) for count in padding.unique(sorted=True)
+    ]
+
+
+class RecurrentBlock(GradientCheckpointingLayer):
+    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``."""
+
+    def __init__(self, config: RecurrentConfig, block: dict[str, dict[str, Any]]):
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.mixer = self.channel = None
+        if "mixer" in block:
+            settings = dict(block["mixer"])
+            self.mixer_norm = norm(config.hidden_size, config.norm_epsilon)
+            self.mixer = MIXERS[settings.pop("type")](config.hidden_size, **settings)
+        if "channel" in block:
+            settings = dict(block["channel"])
+            self.channel_norm = norm(config.hidden_size, config.norm_epsilon)
+            self.channel = CHANNELS[settings.pop("type")](config.hidden_size, **settings)
+
+    def forward(self, hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        """Maps ``(batch, sequence, hidden_size)`` to the same shape, from one state to the next."""
+        if self.mixer is not None:
+            mixed, state = self.mixer(self.mixer_norm(hidden), state)
+            hidden = hidden + mixed
+        if self.channel is not None:
+            hidden = hidden + self.channel(self.channel_norm(hidden))
+        return hidden, state
+
+
+class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
+    """Embedding, blocks, norm, head."""
+
+    config_class = RecurrentConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecurrentBlock"]
+    _is_stateful = True
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(RecurrentBlock(config, config.blocks[name]) for name in config.layers)
+        self.output_norm = NORMS[config.norm](config.hidden_size, config.norm_epsilon)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Otherwise generate() would make a cache of its own kind.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, self.config.initializer_range)
+            else:
+                parameter.fill_(1.0 if "norm" in name or isinstance(module, tuple(NORMS.values())) else 0.0)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """One call on ``(batch, sequence)`` tokens, or ``(batch, sequence, hidden_size)`` embeddings.
+
+        Args:
+            input_ids, inputs_embeds: exactly one of them.
+            attention_mask: ``(batch, tokens so far)``, 0 for padding. Padding before a sequence is not read. Padding
+                after it is, which changes nothing before it; but then there is no state to go on from.
+            past_key_values: as returned by the call on the tokens before these.
+            labels: ``(batch, sequence)``, -100 where nothing counts; shifted here.
+            use_cache: whether to return states; by default the configuration's choice, in evaluation only.
+            output_hidden_states: whether to return the embeddings, and the residual stream after each block.
+            return_dict: False returns a tuple.
+            logits_to_keep: of the last so many tokens, or at these indices; 0: all.
+            options: ``num_items_in_batch``, which divides the summed loss. Others change nothing.
+
+        Raises:
+            ValueError: not exactly one kind of input, or a cache beside padding after a sequence.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden.shape[:2]
+        padded_after = attention_mask is not None and bool((attention_mask[:, -length:].diff(dim=1) < 0).any())
+        if padded_after and (use_cache or past_key_values is not None):
+            raise ValueError("a sequence that ends in padding has no state to go on from; pad on the left")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not padded_after
+        if past_key_values is None:
+            past_key_values = RecurrentCache(row_groups(attention_mask, batch, hidden.device))
+
+        per_block, cache = self._read(hidden, past_key_values)
+        hidden = self.output_norm(per_block[-1])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.head(hidden if isinstance(kept, int) else hidden[:, kept]).float()
+        cap = self.config.output_logit_soft_cap
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            known = {name: value for name, value in options.items() if name == "num_items_in_batch"}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **known)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(per_block) if output_hidden_states else None,
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _read(self, hidden: Tensor, cache: RecurrentCache) -> tuple[list[Tensor], RecurrentCache]:
+        """The residual stream before the first block and after each, and the states after these tokens."""
+        length = hidden.shape[1]
+        if len(cache.groups) == 1 and cache.groups[0].padding <= cache.tokens:
+            group = cache.groups[0]
+            per_block, states = self._blocks(hidden, group.states)
+            return per_block, RecurrentCache([RowGroup(group.rows, group.padding, states)], cache.tokens + length)
+        per_block = [hidden, *(torch.zeros_like(hidden) for _ in self.layers)]
+        groups = []
+        for group in cache.groups:
+            skipped = min(max(group.padding - cache.tokens, 0), length)
+            states = group.states
+            if skipped < length:
+                found, states = self._blocks(hidden[group.rows, skipped:], states)
+                for all_rows, rows in zip(per_block[1:], found[1:], strict=True):
+                    all_rows[group.rows, skipped:] = rows
+            groups.append(RowGroup(group.rows, group.padding, states))
+        return per_block, RecurrentCache(groups, cache.tokens + length)
+
+    def _blocks(self, hidden: Tensor, states: States | None) -> tuple[list[Tensor], States]:
+        per_block, final = [hidden], []
+        for layer, block in enumerate(self.layers):
+            hidden, state = block(hidden, None if states is None else states[layer])
+            per_block.append(hidden)
+            final.append(state)
+        return per_block, final
