@@ -44,8 +44,8 @@ lint: install
 	@$(BIN)/ruff check .
 
 test: lint
-	@echo "== running the tests"
-	@$(BIN)/python -m pytest
+	@echo "== running the tests, $(PROCESSES) at a time"
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 test-slow: lint
 	@$(BIN)/python -m pytest -m "slow and not gpu"

@@ -57,6 +57,9 @@ def causal_conv1d(
         implementation = causal_conv1d_reference
     elif backend == "torch":
         implementation = causal_conv1d_torch
+    elif backend == "triton":
+        # Imported here because Triton is slow to import and absent from some CPU installations.
+        from kernels.conv1d.tiles_triton import causal_conv1d_triton as implementation
     else:
         raise ValueError(f"causal_conv1d: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     return implementation(inputs, weight, bias, initial_state.to(dtype), document_starts, activation)

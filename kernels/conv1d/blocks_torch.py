@@ -98,12 +98,12 @@ class _Blocks:
         return last.masked_fill((place < latest)[..., None], 0.0)
 
 
-def _empty_as(inputs: Tensor) -> Tensor:
+def empty_as(inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor as ``inputs``, dense, batch and sequence in the same order in memory."""
     batch, sequence, channels = inputs.shape
     if inputs.stride(0) < inputs.stride(1):
-        return inputs.new_empty(sequence, batch, channels).transpose(0, 1)
-    return inputs.new_empty(batch, sequence, channels)
+        return inputs.new_empty(sequence, batch, channels, dtype=dtype).transpose(0, 1)
+    return inputs.new_empty(batch, sequence, channels, dtype=dtype)
 
 
 class _CausalConvolution(torch.autograd.Function):
@@ -118,7 +118,7 @@ class _CausalConvolution(torch.autograd.Function):
         activation: str,
     ) -> tuple[Tensor, Tensor]:
         blocks = _Blocks(inputs, weight, bias, initial_state, document_starts)
-        outputs = _empty_as(inputs)
+        outputs = empty_as(inputs)
         by_token, in_place = outputs.transpose(0, 1), inputs.dtype == blocks.dtype
         for (first, last), cut in zip(blocks.bounds, blocks.cuts, strict=True):
             here = by_token[first:last]
@@ -140,7 +140,7 @@ class _CausalConvolution(torch.autograd.Function):
         dtype, width, taps = blocks.dtype, blocks.width, blocks.taps
         reach = width - 1
         output_gradient = output_gradient.transpose(0, 1)
-        input_gradient = _empty_as(inputs)
+        input_gradient = empty_as(inputs)
         by_token = input_gradient.transpose(0, 1)
         weight_gradient = torch.zeros_like(taps)
         bias_gradient = torch.zeros_like(taps[0])

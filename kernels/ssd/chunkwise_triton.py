@@ -1,252 +1,21 @@
-"""The state-space recurrence on Triton kernels, as a differentiable function."""
+"""The chunkwise state-space recurrence on Triton kernels, as a differentiable function."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import Executor, Launch, check_device, execute
-from kernels.mlstm.triton_backward import forget_gradient_kernel
-from kernels.ssd import triton_backward, triton_forward
-from kernels.ssd.triton_problem import Problem, nearest_chunk, strides
+from kernels.launch import Executor, check_device, execute
+from kernels.ssd import triton_launches as launches
+from kernels.ssd.triton_problem import MAXIMUM_CHUNK, MINIMUM_CHUNK, Problem
 
 
-class Inputs(NamedTuple):
-    """What the kernels read: tensors of the caller with a last stride of one, and per head and token fp32."""
-
-    values: Tensor  # (batch, sequence, heads, head_size)
-    keys: Tensor  # (batch, sequence, groups, state_size)
-    queries: Tensor
-    steps: Tensor  # (batch * heads, sequence) contiguous
-    decay: Tensor  # likewise: log decay from the beginning of the token's chunk
-    documents: Tensor  # (batch, sequence) int32, counted from 0; one element where there are none
-    skip: Tensor  # (heads,)
-
-    def arguments(self, *names: str) -> dict[str, Any]:
-        """The named tensors and their strides."""
-        found: dict[str, Any] = {}
-        for name in names:
-            tensor = getattr(self, name)
-            found[name] = tensor
-            if name == "values":
-                found |= strides(name, tensor)
-            elif name in ("keys", "queries"):
-                found |= strides(name, tensor, "group")
-        return found
-
-
-def _with_unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def prepare(
-    problem: Problem,
-    values: Tensor,
-    step_size: Tensor,
-    decay_rate: Tensor,
-    keys: Tensor,
-    queries: Tensor,
-    skip: Tensor | None,
-    document_starts: Tensor | None,
-) -> Inputs:
-    """Gathers what the kernels read; the small per-head tensors are computed here."""
-    steps = step_size.float().transpose(1, 2).reshape(problem.rows, problem.sequence)
-    padding = problem.num_chunks * problem.chunk - problem.sequence
-    rates = decay_rate.float().repeat(problem.batch)[:, None]
-    chunks = torch.nn.functional.pad(steps * rates, (0, padding)).unflatten(1, (problem.num_chunks, problem.chunk))
-    decay = chunks.cumsum(2).flatten(1)[:, : problem.sequence].contiguous()
-    if document_starts is None:
-        documents = torch.zeros(1, dtype=torch.int32, device=values.device)
-    else:
-        documents = document_starts.cumsum(1, dtype=torch.int32)
-    if skip is None:
-        skip = torch.zeros(problem.heads, device=values.device)
-    tensors = (_with_unit_last_stride(tensor) for tensor in (values, keys, queries))
-    return Inputs(*tensors, steps.contiguous(), decay, documents, skip.float().contiguous())
-
-
-def compute_states(problem: Problem, inputs: Inputs, initial_state: Tensor, launch: Executor) -> Tensor:
-    """(batch * heads, chunks + 1, head_size, state_size) fp32: the state before every chunk and after the last."""
-    shape = (problem.rows, problem.num_chunks + 1, problem.head_size, problem.state_size)
-    states = torch.empty(shape, dtype=torch.float32, device=inputs.values.device)
-    states[:, 0] = initial_state.flatten(0, 1)
-    arguments = inputs.arguments("values", "keys", "steps", "decay", "documents")
-    launch(
-        Launch(
-            triton_forward.ssd_state_kernel,
-            (*problem.blocks("state"), problem.rows),
-            {**arguments, "states": states, **problem.sizes()},
-            **_options(problem, "state"),
-        )
-    )
-    return states
-
-
-def _options(problem: Problem, kernel: str) -> dict[str, Any]:
-    entry = problem.configuration(kernel)
-    constants = problem.constants(kernel)
-    return {"constants": constants, "num_warps": entry.num_warps, "num_stages": entry.num_stages}
-
-
-def ssd_forward(
-    problem: Problem, inputs: Inputs, initial_state: Tensor, launch: Executor = execute
-) -> tuple[Tensor, Tensor]:
-    """All launches of the forward pass: outputs and final state."""
-    states = compute_states(problem, inputs, initial_state, launch)
-    outputs = torch.empty(inputs.values.shape, dtype=inputs.values.dtype, device=inputs.values.device)
-    arguments = inputs.arguments("values", "keys", "queries", "steps", "decay", "documents", "skip")
-    launch(
-        Launch(
-            triton_forward.ssd_output_kernel,
-            (problem.blocks("output")[0], problem.num_tiles("output"), problem.rows),
-            {**arguments, "states": states, "outputs": outputs, **strides("outputs", outputs), **problem.sizes()},
-            **_options(problem, "output"),
-        )
-    )
-    # A copy, so that the final state does not keep the states of all chunks in memory.
-    return outputs, states[:, -1].unflatten(0, (problem.batch, problem.heads)).clone()
-
-
-def ssd_backward(
-    problem: Problem,
-    inputs: Inputs,
-    initial_state: Tensor,
-    gradient: Tensor,
-    final_gradient: Tensor,
-    launch: Executor = execute,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All launches of the backward pass.
-
-    Returns:
-        Gradients of values; of step sizes through what they write, and of log decays, both (batch * heads, sequence);
-        of keys and of queries (batch, sequence, groups, state_size), and of the initial state; fp32 but for the first.
-    """
-    states = compute_states(problem, inputs, initial_state, launch)
-    state_gradients, carried = _state_gradients(problem, inputs, gradient, states, final_gradient, launch)
-    common = inputs.arguments("values", "keys", "queries", "steps", "decay", "documents")
-    common |= {"gradient": gradient, **strides("gradient", gradient)}
-
-    value_gradient = torch.empty(inputs.values.shape, dtype=inputs.values.dtype, device=gradient.device)
-    head_blocks = problem.blocks("value_gradient")[0]
-    step_products = _empty(gradient, head_blocks, problem.rows, problem.sequence)
-    results = {"value_gradient": value_gradient, "step_products": step_products, "state_gradients": state_gradients}
-    launch(
-        Launch(
-            triton_backward.ssd_value_gradient_kernel,
-            (head_blocks, problem.num_tiles("value_gradient"), problem.rows),
-            {**common, **results, "skip": inputs.skip, **strides("result", value_gradient), **problem.sizes()},
-            **_options(problem, "value_gradient"),
-        )
-    )
-    shared = {}
-    for name, kernel, read in (
-        ("query_gradient", triton_backward.ssd_query_gradient_kernel, {"states": states}),
-        ("key_gradient", triton_backward.ssd_key_gradient_kernel, {"state_gradients": state_gradients}),
-    ):
-        state_blocks = problem.blocks(name)[1]
-        by_split = _empty(gradient, problem.splits, problem.batch, problem.groups, problem.sequence, problem.state_size)
-        products = _empty(gradient, state_blocks, problem.rows, problem.sequence)
-        launch(
-            Launch(
-                kernel,
-                (state_blocks, problem.num_tiles(name), problem.batch * problem.groups * problem.splits),
-                {**common, **read, name: by_split, "products": products, **problem.group_sizes()},
-                **_options(problem, name),
-            )
-        )
-        shared[name] = (by_split.sum(0).transpose(1, 2), products.sum(0))
-    (query_gradient, reading), (key_gradient, writing) = shared["query_gradient"], shared["key_gradient"]
-    decay_gradient = _empty(gradient, problem.rows, problem.sequence)
-    launch(
-        Launch(
-            forget_gradient_kernel,
-            (problem.num_chunks, problem.rows),
-            {
-                "token_products": reading - writing, "chunk_products": carried, "documents": inputs.documents,
-                "forget_gradient": decay_gradient, "sequence": problem.sequence, "heads": problem.heads,
-                "num_chunks": problem.num_chunks,
-            },
-            {"CHUNK": problem.chunk, "TILE": min(problem.chunk, 64), "HAS_DOCUMENTS": problem.has_documents},
-        )
-    )  # fmt: skip
-    initial_gradient = state_gradients[:, 0].unflatten(0, (problem.batch, problem.heads)).clone()
-    return value_gradient, step_products.sum(0), decay_gradient, key_gradient, query_gradient, initial_gradient
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _state_gradients(
-    problem: Problem, inputs: Inputs, gradient: Tensor, states: Tensor, final_gradient: Tensor, launch: Executor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the state behind every chunk, and its product with that state (batch * heads, chunks + 1)."""
-    state_gradients = torch.empty_like(states)
-    state_gradients[:, -1] = final_gradient.flatten(0, 1)
-    head_blocks, state_blocks = problem.blocks("state_gradient")
-    products = _empty(states, problem.rows, problem.num_chunks + 1, head_blocks * state_blocks)
-    arguments = inputs.arguments("queries", "decay", "documents")
-    launch(
-        Launch(
-            triton_backward.ssd_state_gradient_kernel,
-            (head_blocks, state_blocks, problem.rows),
-            {
-                **arguments, "gradient": gradient, **strides("gradient", gradient), "states": states,
-                "state_gradients": state_gradients, "products": products, **problem.sizes(),
-            },
-            **_options(problem, "state_gradient"),
-        )
-    )  # fmt: skip
-    # What lies before the first chunk scales with no decay.
-    products[:, 0] = 0.0
-    return state_gradients, products.sum(2)
-
-
-class _SSDFunction(torch.autograd.Function):
-    """Connects the launches to autograd; keeps the inputs alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, step_size: Tensor, decay_rate: Tensor, keys: Tensor, queries: Tensor,
-        skip: Tensor | None, initial_state: Tensor, document_starts: Tensor | None, chunk: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        problem = Problem.of(values, keys, chunk, document_starts is not None)
-        inputs = prepare(problem, values, step_size, decay_rate, keys, queries, skip, document_starts)
-        outputs, final_state = ssd_forward(problem, inputs, initial_state)
-        ctx.save_for_backward(values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts)
-        ctx.problem = problem
-        return outputs, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        inputs = prepare(problem, values, step_size, decay_rate, keys, queries, skip, document_starts)
-        gradient = _with_unit_last_stride(gradient)
-        value_gradient, written, decay_gradient, key_gradient, query_gradient, initial_gradient = ssd_backward(
-            problem, inputs, initial_state, gradient, final_gradient
-        )
-        rates = decay_rate.float().repeat(problem.batch)[:, None]
-        step_gradient = (written + decay_gradient * rates).unflatten(0, (problem.batch, problem.heads)).transpose(1, 2)
-        rate_gradient = (decay_gradient * inputs.steps).sum(1).unflatten(0, (problem.batch, problem.heads)).sum(0)
-        skip_gradient = None
-        if skip is not None:
-            skip_gradient = (gradient.float() * values.float()).sum((0, 1, 3)).to(skip.dtype)
-        return (
-            value_gradient,
-            step_gradient.to(step_size.dtype),
-            rate_gradient.to(decay_rate.dtype),
-            key_gradient.to(keys.dtype),
-            query_gradient.to(queries.dtype),
-            skip_gradient,
-            initial_gradient,
-            None,
-            None,
-        )
+def nearest_chunk(chunk_size: int) -> int:
+    """The largest chunk of this form that is not above ``chunk_size``: a power of two from 16 to 512."""
+    return min(MAXIMUM_CHUNK, max(MINIMUM_CHUNK, 1 << (chunk_size.bit_length() - 1)))
 
 
 def ssd_triton(
@@ -260,22 +29,135 @@ def ssd_triton(
     document_starts: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as ``kernels.ssd.ssd``, with the state given; exact gradients.
+    """Chunkwise form (Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060, section 6), exact gradients.
 
-    The backward pass computes the states at chunk boundaries again; nothing but the inputs is kept.
+    Same arguments and results as ``kernels.ssd.ssd``, with the state given; values, keys and queries of one dtype out
+    of float32, bfloat16 and float16, with any strides. The backward pass computes the states at chunk boundaries and
+    the scores again: only the inputs are kept.
 
     Raises:
         ValueError: for dtypes or devices that do not fit.
     """
-    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not (
-        values.dtype == keys.dtype == queries.dtype
-    ):
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if values.dtype not in allowed or not values.dtype == keys.dtype == queries.dtype:
         raise ValueError(
             "ssd: values, keys and queries must share one dtype out of float32, bfloat16 and float16 for the triton "
             f"backend, got {values.dtype}, {keys.dtype} and {queries.dtype}."
         )
+    for name, tensor in (("step_size", step_size), ("decay_rate", decay_rate), ("skip", skip)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise ValueError(f"ssd: {name} is float64, in which the triton backend does not compute.")
+    if initial_state.dtype != torch.float32:
+        raise ValueError(f"ssd: initial_state must be float32 for the triton backend, got {initial_state.dtype}.")
     check_device(values, "ssd: values")
-    chunk = nearest_chunk(chunk_size)
     return _SSDFunction.apply(
-        values, step_size, decay_rate, keys, queries, skip, initial_state.float(), document_starts, chunk
+        values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts, nearest_chunk(chunk_size)
     )
+
+
+def ssd_forward(
+    problem: Problem, inputs: launches.Inputs, initial_state: Tensor, launch: Executor = execute
+) -> tuple[Tensor, Tensor]:
+    """All launches of the forward pass: outputs and final state."""
+    states = launches.compute_states(problem, inputs, initial_state, launch)
+    scores = launches.compute_scores(problem, inputs, launch)
+    outputs = launches.compute_outputs(problem, inputs, scores, states, launch)
+    # A copy, so that the final state does not keep the states of all chunks in memory.
+    return outputs, states[:, -1].unflatten(0, (problem.batch, problem.heads)).clone()
+
+
+def ssd_backward(
+    problem: Problem,
+    inputs: launches.Inputs,
+    decay_rate: Tensor,
+    initial_state: Tensor,
+    output_gradient: Tensor,
+    final_gradient: Tensor,
+    launch: Executor = execute,
+) -> tuple[Tensor, ...]:
+    """All launches of the backward pass.
+
+    Returns:
+        Gradients of values, step sizes, decay rates, keys, queries, skip (garbage where there is none) and initial
+        state; those of values, keys and queries in their dtype, others fp32.
+    """
+    states = launches.compute_states(problem, inputs, initial_state, launch)
+    scores = launches.compute_scores(problem, inputs, launch)
+    state_gradients, keep_products = launches.compute_state_gradients(
+        problem, inputs, output_gradient, states, final_gradient, launch
+    )
+    score_gradients, pair_products = launches.compute_score_gradients(problem, inputs, output_gradient, scores, launch)
+    queries, read_products = launches.compute_query_gradient(
+        problem, inputs, output_gradient, score_gradients, states, launch
+    )
+    keys = launches.compute_key_gradient(problem, inputs, score_gradients, state_gradients, launch)
+    of_values = launches.compute_value_gradient(problem, inputs, output_gradient, scores, state_gradients, launch)
+    log_decay = launches.compute_decay_gradient(
+        problem, inputs, pair_products + read_products, of_values.lost_products, keep_products, launch
+    )
+
+    def per_head(by_token: Tensor) -> Tensor:
+        return by_token.unflatten(0, (problem.batch, problem.heads)).sum((0, 2))
+
+    rate = decay_rate.float().repeat(problem.batch)[:, None]
+    steps = of_values.step_products + rate * log_decay
+    return (
+        of_values.values,
+        steps.unflatten(0, (problem.batch, problem.heads)).transpose(1, 2),
+        per_head(log_decay * inputs.steps),
+        keys,
+        queries,
+        per_head(of_values.skip_products),
+        state_gradients[:, 0].unflatten(0, (problem.batch, problem.heads)).clone(),
+    )
+
+
+class _SSDFunction(torch.autograd.Function):
+    """Connects the launches to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        step_size: Tensor,
+        decay_rate: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        skip: Tensor | None,
+        initial_state: Tensor,
+        document_starts: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        values, keys, queries = (_with_unit_last_stride(tensor) for tensor in (values, keys, queries))
+        problem = Problem.of(values, keys, chunk, document_starts is not None, skip is not None)
+        inputs = launches.prepare(problem, values, step_size, decay_rate, keys, queries, skip, document_starts)
+        ctx.problem = problem
+        ctx.save_for_backward(values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts)
+        return ssd_forward(problem, inputs, initial_state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts = ctx.saved_tensors
+        problem = ctx.problem
+        inputs = launches.prepare(problem, values, step_size, decay_rate, keys, queries, skip, document_starts)
+        gradients = ssd_backward(
+            problem, inputs, decay_rate, initial_state, _with_unit_last_stride(output_gradient), final_gradient
+        )
+        of_values, of_steps, of_rate, of_keys, of_queries, of_skip, of_initial_state = gradients
+        return (
+            of_values,
+            of_steps.to(step_size.dtype),
+            of_rate.to(decay_rate.dtype),
+            of_keys,
+            of_queries,
+            None if skip is None else of_skip.to(skip.dtype),
+            of_initial_state,
+            None,
+            None,
+        )
+
+
+def _with_unit_last_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last stride is one, as the kernels require, or else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

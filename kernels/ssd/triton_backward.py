@@ -148,7 +148,8 @@ def ssd_score_gradient_kernel(
             tl.store(reader_products + place + readers, tl.sum(product, axis=1), mask=readers < sequence)
             tl.store(source_products + place + sources, tl.sum(product, axis=0), mask=sources < sequence)
         places = (tl.program_id(2).to(tl.int64) * sequence + readers)[:, None] * CHUNK + columns[None, :]
-        tl.store(score_gradients + places, result.to(score_gradients.dtype.element_ty), mask=(readers < sequence)[:, None])
+        result = result.to(score_gradients.dtype.element_ty)
+        tl.store(score_gradients + places, result, mask=(readers < sequence)[:, None])
 
 
 @triton.jit

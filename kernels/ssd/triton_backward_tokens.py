@@ -154,7 +154,9 @@ def ssd_query_gradient_kernel(
             )  # fmt: skip
             state_tile = load_state(state, channels, columns, HEAD_SIZE, STATE_SIZE, EVEN_VALUE and EVEN_STATE)
             part += tl.dot(gradient_tile, state_tile.to(DOT_DTYPE), input_precision=PRECISION)
-        part = part * reach_of(decay + row * sequence, documents, tokens, chunk, sequence, CHUNK, HAS_DOCUMENTS)[:, None]
+        part = (
+            part * reach_of(decay + row * sequence, documents, tokens, chunk, sequence, CHUNK, HAS_DOCUMENTS)[:, None]
+        )
         query_tile = load_rows(
             queries, tokens, columns, query_stride_token, sequence, STATE_SIZE, EVEN_STATE, tl.float32
         )

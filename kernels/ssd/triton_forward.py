@@ -108,9 +108,7 @@ def ssd_state_kernel(
             value_tile = load_columns(
                 values, tokens, channels, value_stride_token, sequence, HEAD_SIZE, EVEN_VALUE, tl.float32
             )
-            key_tile = load_rows(
-                keys, tokens, columns, key_stride_token, sequence, STATE_SIZE, EVEN_STATE, DOT_DTYPE
-            )
+            key_tile = load_rows(keys, tokens, columns, key_stride_token, sequence, STATE_SIZE, EVEN_STATE, DOT_DTYPE)
             weighted = (value_tile * weight[None, :]).to(DOT_DTYPE)
             state += tl.dot(weighted, key_tile, input_precision=PRECISION)
         states += HEAD_SIZE * STATE_SIZE

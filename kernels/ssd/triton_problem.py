@@ -17,7 +17,7 @@ FP32_MAXIMUM_TILE = 32
 
 # Programs that add up over the heads of a group take at most so many, so that models of one group and many heads
 # still make enough of them; what each finds is added up afterwards.
-MAXIMUM_HEADS_PER_SLICE = 16
+HEADS_PER_PROGRAM = 16
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ CONFIGURATIONS: dict[tuple[str, str], Configuration] = {
     ("bf16", "score"): Configuration(64, 64, 4, 2),
     ("bf16", "state"): Configuration(64, 64, 4, 2),
     ("bf16", "output"): Configuration(64, 64, 4, 2),
-    ("bf16", "state_gradient"): Configuration(64, 64, 4, 2),
-    ("bf16", "value_gradient"): Configuration(64, 64, 4, 2),
+    ("bf16", "state_gradient"): Configuration(64, 64, 8, 2),
+    ("bf16", "value_gradient"): Configuration(64, 64, 8, 2),
     ("bf16", "score_gradient"): Configuration(64, 64, 4, 2),
     ("bf16", "query_gradient"): Configuration(64, 128, 8, 2),
     ("bf16", "key_gradient"): Configuration(64, 128, 8, 2),
@@ -68,15 +68,11 @@ class Problem:
     input_dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, values: torch.Tensor, keys: torch.Tensor, chunk: int, has_documents: bool, has_skip: bool
-    ) -> Problem:
+    def of(cls, values: torch.Tensor, keys: torch.Tensor, chunk: int, has_documents: bool, has_skip: bool) -> Problem:
         """The problem that (batch, sequence, heads, size) values and (batch, sequence, groups, state) keys pose."""
         batch, sequence, heads, head_size = values.shape
         groups, state_size = keys.shape[2:]
-        return cls(
-            batch, sequence, heads, head_size, groups, state_size, chunk, has_documents, has_skip, values.dtype
-        )
+        return cls(batch, sequence, heads, head_size, groups, state_size, chunk, has_documents, has_skip, values.dtype)
 
     @property
     def rows(self) -> int:
@@ -112,7 +108,7 @@ class Problem:
     def heads_per_slice(self) -> int:
         """Heads of one group that one program adds up over: the most that the limit and whole slices allow."""
         of_group = self.heads // self.groups
-        return max(size for size in range(1, min(of_group, MAXIMUM_HEADS_PER_SLICE) + 1) if of_group % size == 0)
+        return max(size for size in range(1, min(of_group, HEADS_PER_PROGRAM) + 1) if of_group % size == 0)
 
     @property
     def slices(self) -> int:

@@ -136,14 +136,23 @@ class ColumnParallelProjections(nn.Module):
             skip_weight_param_allocation=True,
         )
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Maps ``(sequence, batch, input_size)`` to one tensor of this rank's channels per projection."""
+    def forward(self, hidden: Tensor, joined: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
+        """Maps ``(sequence, batch, input_size)`` to one tensor of this rank's channels per projection.
+
+        ``joined`` names projections that follow one another and are returned as a single tensor, in the first one's
+        place: they are one in memory anyway.
+        """
         weights = [getattr(self, f"{name}_weight") for name in self.names]
 
         def build() -> Tensor:
             return torch.cat([weight.to(hidden.dtype) for weight in weights])
 
-        return self.linear.forward_with(hidden, build).split(self.sizes, dim=-1)
+        sizes = list(self.sizes)
+        if joined:
+            first = self.names.index(joined[0])
+            end = first + len(joined)
+            sizes[first:end] = [sum(sizes[first:end])]
+        return self.linear.forward_with(hidden, build).split(sizes, dim=-1)
 
 
 class ColumnParallelProjection(_CastsWeight, ColumnParallelLinear):

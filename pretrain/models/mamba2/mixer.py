@@ -136,13 +136,12 @@ class Mamba2(SequenceMixer):
         return groups.index_select(-2, chosen if even else of_head)
 
     def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
-        gate, value, key, query, step = self.projections(hidden)
+        # One convolution over values, keys and queries; each part has weights and a state of its own.
+        gate, channels, step = self.projections(hidden, joined=CONVOLVED)
         starts = None if documents is None else documents.starts
         final: State = {}
         convolved = {}
-        # One convolution over all channels; each part has weights and a state of its own.
-        parts = dict(zip(CONVOLVED, (value, key, query), strict=True))
-        sizes = [part.shape[-1] for part in parts.values()]
+        sizes = [getattr(self, f"{name}_convolution_weight").shape[0] for name in CONVOLVED]
         weight = torch.cat([getattr(self, f"{name}_convolution_weight") for name in CONVOLVED])
         bias = None
         if self.config.convolution_bias:
@@ -151,7 +150,7 @@ class Mamba2(SequenceMixer):
         if state is not None:
             before = torch.cat([state[f"{name}_convolution"] for name in CONVOLVED], dim=-1)
         outputs, window = causal_conv1d(
-            torch.cat(list(parts.values()), dim=-1).transpose(0, 1),
+            channels.transpose(0, 1),
             weight,
             bias,
             initial_state=before,
