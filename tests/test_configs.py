@@ -15,7 +15,13 @@ from pretrain.errors import InputError
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 RUNS = [path for path in FILES if path.parent == CONFIGS or path.parent.name == "runs"]
-SECTIONS = {"models": "model", "data": "data", "parallel": "parallel"}
+MODELS = sorted((CONFIGS / "models").rglob("*.yaml"))
+SECTIONS = {
+    "models": {"model"},
+    "data": {"data"},
+    "parallel": {"parallel"},
+    "recipes": {"data", "optimizer", "schedule", "train"},
+}
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -44,14 +50,33 @@ def test_run_loads_and_survives_being_written_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path not in RUNS], ids=_name)
-def test_section_file_holds_one_section_that_fits_a_run(path: Path) -> None:
-    section = SECTIONS[path.relative_to(CONFIGS).parts[0]]
+def test_file_of_sections_holds_those_of_its_folder_and_fits_a_run(path: Path) -> None:
+    sections = SECTIONS[path.relative_to(CONFIGS).parts[0]]
     raw = yaml.safe_load(path.read_text())
-    assert list(raw) == [section]
+    assert raw and set(raw) <= sections
     run = load_config(QUICKSTART).model_dump(mode="json")
-    if section == "parallel" and raw[section].get("tensor", 1) > run["model"]["blocks"]["mlstm"]["mixer"]["num_heads"]:
+    if raw.get("parallel", {}).get("tensor", 1) > run["model"]["blocks"]["mlstm"]["mixer"]["num_heads"]:
         run["model"] = yaml.safe_load((CONFIGS / "models/xlstm/7b.yaml").read_text())["model"]
-    parse_config({**run, section: raw[section]}, _name(path))
+    if sections == SECTIONS["recipes"]:
+        # A recipe leaves to each run how long it is.
+        run["train"]["steps"] = 10**6
+        raw = {name: {**run[name], **section} for name, section in raw.items()}
+    parse_config({**run, **raw}, _name(path))
+
+
+def test_every_model_has_a_run_and_every_family_a_tiny_one() -> None:
+    models = {"_".join(path.relative_to(CONFIGS / "models").with_suffix("").parts): path for path in MODELS}
+    runs = {path.stem: path for path in RUNS if path.parent.name == "runs"}
+    assert set(models) <= set(runs)
+    for name, path in models.items():
+        stated = yaml.safe_load(path.read_text())["model"]
+        bases = [(runs[name].parent / base).resolve() for base in yaml.safe_load(runs[name].read_text())["base"]]
+        assert path.resolve() in bases, f"{runs[name]} is not built on {path}"
+        assert set(stated["blocks"]) == set(stated["layers"]), f"{path} names blocks that no layer uses"
+    for family in {path.parent.name for path in MODELS}:
+        tiny = load_config(runs[f"{family}_tiny"])
+        assert tiny.data.source.type == "standard_library"
+        assert tiny.train.steps == 200
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

@@ -116,7 +116,7 @@ def _describe(problem: Any, raw: dict[str, Any]) -> str:
     name = ".".join(map(str, keys))
     kind = problem["type"]
     if kind == "extra_forbidden":
-        known = _known_keys(Config, keys[:-1])
+        known = _known_keys(Config, keys[:-1], raw)
         close = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key '{name}'; {hint}"
@@ -148,13 +148,22 @@ def _keys_in(location: Sequence[Any], raw: Any) -> list[Any]:
     return keys
 
 
-def _known_keys(model: Any, keys: Sequence[Any]) -> list[str]:
-    """Keys that a section may have; where several kinds may stand there, all of theirs."""
+def _known_keys(model: Any, keys: Sequence[Any], raw: Any) -> list[str]:
+    """Keys that a section may have; where several kinds may stand there, those of the kind that its ``type`` names."""
     annotations = [model]
     for key in keys:
         annotations = [inner for outer in annotations for kind in _kinds(outer) for inner in _below(kind, key)]
+        raw = raw[key]
     kinds = [kind for annotation in annotations for kind in _kinds(annotation)]
-    return sorted({name for kind in kinds for name in getattr(kind, "model_fields", ())})
+    named = raw.get("type") if isinstance(raw, dict) else None
+    chosen = [kind for kind in kinds if named in _types_of(kind)] or kinds
+    return sorted({name for kind in chosen for name in getattr(kind, "model_fields", ())})
+
+
+def _types_of(kind: Any) -> tuple[Any, ...]:
+    """What ``type`` may be in a section of this kind."""
+    field = getattr(kind, "model_fields", {}).get("type")
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _kinds(annotation: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.config.schema import BlockConfig, Config
-from pretrain.models.registry import MixerCost, family_of
+from pretrain.models.registry import MixerConfig, MixerCost, family_of
 
 FLOAT32 = 4
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -30,7 +30,7 @@ PARTS = {
     "communication_buffers": "ZeRO 2 and 3: bucket of gradients on their way to their ranks",
     "activations": "kept from the forward for the backward pass, all micro-batches in flight",
     "logits": "float32 logits, their softmax and gradient",
-    "states": "recurrent states at the end of each layer",
+    "states": "recurrent states before the first token, which cells keep for the backward pass",
     "working": "held only while one layer runs backward: cast weights, their gradients, the layer's own",
     "optimizer_step": "what the optimizer's step needs beyond what the backward pass has freed by then",
 }
@@ -38,10 +38,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class BlockCost:
-    """A residual block: its mixers' costs, and how many norms stand before them."""
+    """A residual block: its mixers' costs, how many norms stand before them, and its state before the first token."""
 
     mixers: tuple[MixerCost, ...]
     hidden_size: int
+    initial_state_bytes: int
 
     @property
     def parameters(self) -> int:
@@ -67,18 +68,19 @@ class BlockCost:
 def block_cost(block: BlockConfig, config: Config) -> BlockCost:
     """Costs of a block's mixers at the configuration's sequence length and precision."""
     sections = [section for section in (block.mixer, block.channel) if section is not None]
-    return BlockCost(
-        tuple(
-            family_of(section).cost(
-                section,
-                config.model.hidden_size,
-                config.data.sequence_length,
-                BYTES_PER_ELEMENT[config.train.precision],
-                config.model.num_layers,
-            )
-            for section in sections
-        ),
+    mixers = tuple(_mixer_cost(section, config, config.data.sequence_length) for section in sections)
+    # Extrapolated from one and two tokens: a cache that grows with every token is empty before the first.
+    states = [sum(_mixer_cost(section, config, length).state_bytes for section in sections) for length in (1, 2)]
+    return BlockCost(mixers, config.model.hidden_size, 2 * states[0] - states[1])
+
+
+def _mixer_cost(section: MixerConfig, config: Config, sequence_length: int) -> MixerCost:
+    return family_of(section).cost(
+        section,
         config.model.hidden_size,
+        sequence_length,
+        BYTES_PER_ELEMENT[config.train.precision],
+        config.model.num_layers,
     )
 
 
@@ -180,7 +182,7 @@ class Stage:
         return int(self.tokens * per_token * copies)
 
     def _state_bytes(self) -> int:
-        states = sum(mixer.state_bytes for layer in self.layers for mixer in layer.mixers)
+        states = sum(layer.initial_state_bytes for layer in self.layers)
         return states * self.config.train.micro_batch_size // self.config.parallel.tensor
 
     def _working_bytes(self) -> int:
@@ -190,7 +192,7 @@ class Stage:
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
-            mixer.working_bytes_per_token / tensor * self.tokens + per_parameter * mixer.parameters / tensor
+            mixer.working_bytes_per_token / tensor * self.tokens + per_parameter * mixer.parameters_per_rank(tensor)
             for layer in self.layers
             for mixer in layer.mixers
         ]

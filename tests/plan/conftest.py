@@ -11,7 +11,9 @@ from pretrain.config import Config, load_config
 
 # Figures in these tests are worked out for this batch, whatever the quickstart's own is.
 BATCH = ("train.global_batch_size=16", "train.micro_batch_size=8")
+ONE_PROCESS = ("train.device=cpu", "parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
 CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
 
 
 @pytest.fixture

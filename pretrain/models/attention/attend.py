@@ -9,7 +9,7 @@ Where every query sees all keys up to its own, fused causal attention needs no m
   queries' dtype besides. On any device; at 8192 tokens in bfloat16 192 MiB per sequence, held one layer at a time
   until its backward pass.
 * ``_by_blocks``: FlexAttention on a GPU, which leaves out the 128 x 128 blocks that no query sees. Its block mask
-  holds at most six int32 per pair of blocks, 96 KiB at 8192 tokens. It is compiled when first used, which takes tens of
+  holds four int32 per pair of blocks, 64 KiB per sequence at 8192 tokens. It is compiled when first used, which takes tens of
   seconds, so shorter sequences and decoding keep to the mask.
 """
 
@@ -111,5 +111,5 @@ def _by_blocks(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    # One compilation for the lengths of training and another for all others.
+    # Compiled once for the shapes of training; other shapes are compiled when they come.
     return torch.compile(flex_attention)

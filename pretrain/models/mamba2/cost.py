@@ -46,14 +46,13 @@ def cost(
     executed_backward = 6 * memory + chunk * (3 * scores + 2 * mixing)
 
     state = inner * state_size + (window - 1) * convolved
-    cast_copy = 0 if bytes_per_element == _FLOAT32 else _FLOAT32
+    gate_copy = 0 if bytes_per_element == _FLOAT32 else _FLOAT32
     activations = (
-        # All projections are one tensor; the convolution's inputs are joined, and its outputs kept.
-        bytes_per_element * (projected + 2 * convolved)
-        # The recurrence's output, the gate's silu and their product, the norm's result before and after its weight.
-        + (bytes_per_element + cast_copy) * inner
-        + 5 * _FLOAT32 * inner
-        + bytes_per_element * inner
+        # All projections are one tensor, and the convolution's outputs another; the output projection reads a third.
+        bytes_per_element * (projected + convolved + inner)
+        # In float32: the recurrence's output, the gate where it is not float32 itself, its silu, their product, and
+        # the norm's result before its weight.
+        + (4 * _FLOAT32 + gate_copy) * inner
         # Step sizes and their pre-activation.
         + 2 * _FLOAT32 * heads
     )

@@ -40,8 +40,8 @@ def cost(
         bytes_per_element * 7 * inner
         # The cell's output, and its float32 copy for the norm where it is not float32 itself.
         + (bytes_per_element + cast_copy) * inner
-        # Normalised, with the skip, and the SiLU of the gate, all float32.
-        + 3 * _FLOAT32 * inner
+        # Normalised, with the skip, and the SiLU of the gate, all float32; the gate, where it is not float32 itself.
+        + (3 * _FLOAT32 + cast_copy) * inner
         # Per head: both gates, and the cell's and the norm's scalars.
         + 8 * _FLOAT32 * heads
     )

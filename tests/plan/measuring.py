@@ -1,0 +1,62 @@
+"""What the tests of plans measure on a model: FLOPs as torch counts them, and bytes that stay alive."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import Config
+from pretrain.models.decoder import Decoder
+from pretrain.models.mixer import Documents
+from pretrain.parallel.topology import build_topology, megatron_config
+from tests.conformance.declarations import _FORMULAS
+
+
+def build(config: Config) -> Decoder:
+    """The model on one process, its parameters not yet filled."""
+    build_topology(config)
+    return Decoder(config.model, megatron_config(config))
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, taught what it leaves out."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers every storage that an operation returns, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def bytes_alive(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+def bytes_kept(model: Decoder, sequence_length: int, layer: int = 0, batch: int = 1) -> int:
+    """Bytes alive between a block's forward and backward pass, its output included, its input not."""
+    hidden = torch.randn(sequence_length, batch, model.model.hidden_size, dtype=model.compute_dtype)
+    starts = torch.zeros(batch, sequence_length, dtype=torch.bool)
+    with Allocations() as allocations:
+        output, state = model.layers[str(layer)](hidden.requires_grad_(), None, Documents(starts))
+        del state
+    kept = allocations.bytes_alive()
+    assert output.requires_grad
+    return kept

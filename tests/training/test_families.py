@@ -1,0 +1,69 @@
+"""Every family that ships learns: two hundred steps of its tiny model beat a bigram model on held-out bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.baseline import bigram_bits_per_byte
+from data.dataset import open_data
+from pretrain.config import Config, load_config
+from pretrain.evaluate.command import evaluate_checkpoint
+from pretrain.evaluate.held_out import held_out_indices
+from pretrain.observe.metrics import read_metrics
+from pretrain.train import Outcome, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
+# Mixers that solve their recurrence by Newton's method report how that went.
+NEWTON = {"newton_residual", "newton_iterations", "newton_fallbacks"}
+
+
+def _config(family: str, directory: Path) -> Config:
+    return load_config(
+        CONFIGS / f"runs/{family}_tiny.yaml", [f"run.directory={directory}", "train.device=cpu", "parallel.data=1"]
+    )
+
+
+@pytest.fixture(scope="module")
+def bigram(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Bits per byte of a bigram model on the samples that the runs are evaluated on."""
+    config = _config(FAMILIES[0], tmp_path_factory.mktemp("bigram"))
+    data = open_data(config.data, config.train.seed)
+    indices = held_out_indices(data.held_out, config.train.evaluate_samples)
+    return bigram_bits_per_byte(data.train, data.held_out, held_out_indices=indices)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_path: Path) -> None:
+    config = _config(family, tmp_path)
+    assert train(config, "never") == Outcome(step=200, stopped_by_signal=False)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 201))
+    assert not any(record["skipped"] for record in records)
+    reached = records[-1]["held_out_bits_per_byte"]
+    assert reached < bigram, f"{family} reaches {reached:.3f} bits per byte, a bigram model {bigram:.3f}"
+    # Fresh weights know nothing: eight bits and a little more.
+    assert records[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.5)
+    assert records[-1]["held_out_bits_per_byte"] < records[99]["held_out_bits_per_byte"]
+
+    if family.startswith("para_"):
+        for record in records:
+            assert record.keys() >= NEWTON
+            assert record["newton_fallbacks"] == 0
+            # Rounding of states of order one.
+            assert 0 <= record["newton_residual"] < 1e-5
+            assert record["newton_iterations"] >= 3
+    else:
+        assert not any(record.keys() & NEWTON for record in records)
+
+
+def test_runs_of_a_family_are_scored_on_the_bytes_of_the_baseline(bigram: float, tmp_path: Path) -> None:
+    config = _config("mamba2", tmp_path)
+    short = config.model_copy(update={"train": config.train.model_copy(update={"steps": 21})})
+    train(short, "never")
+    evaluation = evaluate_checkpoint(tmp_path, config.train.evaluate_samples)
+    assert evaluation.bigram_bits_per_byte == bigram
+    logged = read_metrics(tmp_path / "metrics.jsonl")[-1]["held_out_bits_per_byte"]
+    assert evaluation.bits_per_byte == pytest.approx(logged, rel=1e-6)
