@@ -55,7 +55,9 @@ class StateTensor:
 
     Attributes:
         shape: of the whole state, all tensor-parallel ranks together; always float32. None is a dimension that
-            grows with the tokens read and is 0 long at the beginning, as attention's keys.
+            grows with the tokens read and is 0 long at the beginning, as attention's keys: the newest entries are
+            last, and zeros in front of them must count for nothing, so that sequences of different lengths can share
+            a batch.
         shard_dimension: dimension of ``shape`` that is split over tensor-parallel ranks; None is replicated.
     """
 

@@ -18,7 +18,6 @@ from kernels.slstm import SLSTMState
 from pretrain.config import Config
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.parameters import initialise_weights
-from pretrain.models.slstm.config import SLSTMConfig
 from pretrain.plan import plan
 from pretrain.plan.memory import BYTES_PER_ELEMENT, layer_costs
 from tests.plan.conftest import FAMILIES, ONE_PROCESS
@@ -48,7 +47,7 @@ class _Slstm(torch.autograd.Function):
         hidden = torch.zeros_like(gates[:, :, 0], memory_format=torch.contiguous_format)
         activations, means = torch.zeros(gates.shape), torch.zeros(hidden.shape)
         ctx.save_for_backward(recurrent, activations, means, hidden)
-        return hidden.clone()
+        return hidden
 
 
 def _slstm(gates: Tensor, recurrent: Tensor, *_: object, **__: object) -> tuple[Tensor, SLSTMState]:
@@ -65,17 +64,13 @@ STAND_INS = {
 def _beyond_the_plan(config: Config, block: str) -> float:
     """Bytes per token that one process without a GPU keeps beyond what a plan counts on."""
     model, section = config.model, config.model.blocks[block]
-    more = 0.0
-    if model.norm == "rms":
-        # There is no fused RMS norm here: it keeps its result before the weight too.
-        more += 4 * (model.hidden_size + 1) * sum(part is not None for part in (section.mixer, section.channel))
+    more, norms = 0.0, sum(part is not None for part in (section.mixer, section.channel))
+    # There is no fused RMS norm here: it keeps its result before the weight too. Layer norm keeps two statistics.
+    more += 4 * norms * (model.hidden_size + 1 if model.norm == "rms" else 2)
     if config.train.precision == "bfloat16":
         # A block's output is the next one's first norm input, which is converted there.
         more += 2 * model.hidden_size
     element = BYTES_PER_ELEMENT[config.train.precision]
-    if isinstance(section.mixer, SLSTMConfig):
-        # One rank's channels of the input are the block's own.
-        more -= element * model.hidden_size
     if isinstance(section.mixer, AttentionConfig) and section.mixer.rotary_fraction == 0:
         # Attention's output has its queries' layout here, and unless they were rotated that is the projection's.
         heads = section.mixer.num_heads * section.mixer.size_of_head(model.hidden_size)

@@ -6,11 +6,11 @@ windows and keys of earlier calls are all of that form.
 Where every query sees all keys up to its own, fused causal attention needs no mask. Otherwise:
 
 * ``_by_mask``: a boolean mask of ``batch * queries * keys`` bytes, which torch turns into additive terms of the
-  queries' dtype besides. On any device; at 8192 tokens in bfloat16 192 MiB per sequence, held one layer at a time
-  until its backward pass.
+  queries' dtype. On any device. At 8192 tokens in bfloat16 that is 64 MiB and 128 MiB per sequence, and each layer
+  keeps the latter for its backward pass.
 * ``_by_blocks``: FlexAttention on a GPU, which leaves out the 128 x 128 blocks that no query sees. Its block mask
-  holds four int32 per pair of blocks, 64 KiB per sequence at 8192 tokens. It is compiled when first used, which takes tens of
-  seconds, so shorter sequences and decoding keep to the mask.
+  holds four int32 per pair of blocks, 64 KiB per sequence at 8192 tokens. It is compiled when first used, which takes
+  tens of seconds, so shorter sequences and decoding keep to the mask.
 """
 
 from __future__ import annotations

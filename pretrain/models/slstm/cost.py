@@ -49,6 +49,8 @@ def cost(
         + cast_copy
         + _FLOAT32
     )
+    # The norm's mean and scale of each head.
+    activations += 2 * _FLOAT32 * config.num_heads
     return MixerCost(
         parameters=parameters,
         parameters_replicated=0,
