@@ -23,7 +23,8 @@ class _Chunks:
     neither decays nor adds anything.
     """
 
-    values: Tensor  # (R, G, L, M, P), already times the step size
+    plain: Tensor  # (R, G, L, M, P): values
+    values: Tensor  # (R, G, L, M, P): values times step sizes
     keys: Tensor  # (R, G, L, N)
     queries: Tensor  # (R, G, L, N)
     steps: Tensor  # (R, G, L, M)
@@ -43,9 +44,9 @@ class _Chunks:
         decay = (self.total[:, :, -1:] - self.total).exp_()
         return decay if self.lasting is None else decay.mul_(self.lasting[:, None, :, None])
 
-    def keep(self) -> Tensor:
-        """(R, G, M): how much of the state before the chunk is left at its end."""
-        return self.reach()[:, :, -1]
+    def by_head(self, tensor: Tensor) -> Tensor:
+        """(R, G, L, M, P) to (R, G, M, L, P), contiguous: products over heads then need no further copies."""
+        return tensor.transpose(2, 3).contiguous()
 
     def decays(self) -> Tensor:
         """(R, G, M, L, L): what is left of token j at token i; zero where i does not see j."""
@@ -94,8 +95,10 @@ def _prepare(
         related = causal & (document[:, :, None] == document[:, None, :])
         reached = document == 0
         lasting = document == document[:, -1:]
+    plain = _cut(values.to(dtype), chunk, groups)
     return _Chunks(
-        values=_cut(values.to(dtype), chunk, groups) * steps[..., None],
+        plain=plain,
+        values=plain * steps[..., None],
         keys=_cut(keys.to(dtype), chunk, None),
         queries=_cut(queries.to(dtype), chunk, None),
         steps=steps,
@@ -112,19 +115,25 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, -3), right.flatten(0, -3)).unflatten(0, left.shape[:-2])
 
 
-def _states(chunks: _Chunks, initial_state: Tensor) -> Tensor:
-    """(chunks + 1, batch, G, N, M, P): the state before each chunk, and after the last."""
+def _states(chunks: _Chunks, reach: Tensor, weighted: Tensor, initial_state: Tensor) -> Tensor:
+    """(chunks + 1, batch, G, N, M, P): the state before each chunk, and after the last.
+
+    ``weighted`` are the values times the step sizes and :meth:`_Chunks.survival`.
+    """
     groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
-    weighted = chunks.values * chunks.survival()[..., None]
     added = _product(chunks.keys.mT, weighted.flatten(-2)).unflatten(-1, (heads, -1))
     added = added.unflatten(0, (chunks.batch, -1))
-    keep = chunks.keep().unflatten(0, (chunks.batch, -1))
-    state = initial_state.unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
-    states = [state]
+    keep = _keep(chunks, reach)
+    states = added.new_empty(added.shape[1] + 1, *added[:, 0].shape)
+    states[0] = initial_state.unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
     for step in range(added.shape[1]):
-        state = torch.addcmul(added[:, step], keep[:, step, :, None, :, None], state)
-        states.append(state)
-    return torch.stack(states)
+        torch.addcmul(added[:, step], keep[:, step], states[step], out=states[step + 1])
+    return states
+
+
+def _keep(chunks: _Chunks, reach: Tensor) -> Tensor:
+    """(batch, chunks, G, 1, M, 1): how much of the state before each chunk is left at its end."""
+    return reach[:, :, -1].unflatten(0, (chunks.batch, -1))[:, :, :, None, :, None]
 
 
 def _before(states: Tensor) -> Tensor:
@@ -153,11 +162,12 @@ class _SSD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = initial_state.dtype
         chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, chunk, dtype)
-        states = _states(chunks, initial_state)
+        reach = chunks.reach()
+        states = _states(chunks, reach, chunks.values * chunks.survival()[..., None], initial_state)
         pairs = chunks.decays().mul_(_product(chunks.queries, chunks.keys.mT)[:, :, None])
-        within = _product(pairs, chunks.values.transpose(2, 3)).transpose(2, 3)
+        within = _product(pairs, chunks.by_head(chunks.values)).transpose(2, 3)
         carried = _product(chunks.queries, _before(states)).view(chunks.values.shape)
-        outputs = torch.addcmul(within, carried, chunks.reach()[..., None])
+        outputs = carried.mul_(reach[..., None]).add_(within)
         outputs = _join(outputs, values.shape[0], values.shape[1]).flatten(2, 3)
         if skip is not None:
             outputs = torch.addcmul(outputs, values.to(dtype), skip.to(dtype)[:, None])
@@ -173,16 +183,17 @@ class _SSD(torch.autograd.Function):
         chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, ctx.chunk, dtype)
         groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
         gradient = _cut(output_gradient.to(dtype), ctx.chunk, groups)
-        states = _states(chunks, initial_state)
+        reach, survival = chunks.reach(), chunks.survival()
+        weighted = chunks.values * survival[..., None]
+        states = _states(chunks, reach, weighted, initial_state)
 
         # Pairs of tokens within a chunk.
-        by_head, gradient_by_head = (tensor.transpose(2, 3) for tensor in (chunks.values, gradient))
+        values_by_head, gradient_by_head = chunks.by_head(chunks.values), chunks.by_head(gradient)
         decays = chunks.decays()
-        scores = _product(chunks.queries, chunks.keys.mT)
-        pairs = decays * scores[:, :, None]
+        pairs = decays * _product(chunks.queries, chunks.keys.mT)[:, :, None]
         values_gradient = _product(pairs.mT, gradient_by_head).transpose(2, 3)
-        pairs_gradient = _product(gradient_by_head, by_head.mT)
-        scores_gradient = (pairs_gradient * decays).sum(2)
+        pairs_gradient = _product(gradient_by_head, values_by_head.mT)
+        scores_gradient = decays.mul_(pairs_gradient).sum(2)
         exponents = pairs_gradient.mul_(pairs)
         # A token's pair with itself has no decay. Sums that nearly cancel, and then add up over the chunk.
         exponents.diagonal(dim1=-2, dim2=-1).zero_()
@@ -192,43 +203,42 @@ class _SSD(torch.autograd.Function):
 
         # What the tokens read from the state before their chunk.
         before = _before(states)
-        reading = gradient * chunks.reach()[..., None]
-        read = _product(chunks.queries, before).view(gradient.shape)
-        total_gradient = total_gradient + (reading * read).sum(-1)
+        reading = gradient * reach[..., None]
         queries_gradient += _product(reading.flatten(-2), before.mT)
         before_gradient = _product(chunks.queries.mT, reading.flatten(-2)).unflatten(-1, (heads, -1))
+        read = _product(chunks.queries, before).view(gradient.shape)
+        total_gradient += read.mul_(reading).sum(-1)
 
         # From the last chunk's state to the first's.
         before_gradient = before_gradient.unflatten(0, (batch, -1))
-        keep = chunks.keep().unflatten(0, (batch, -1))
+        keep = _keep(chunks, reach)
         state_gradient = final_gradient.to(dtype).unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
-        after, keep_gradient = [], []
+        after = torch.empty_like(before_gradient)
+        keep_gradient = []
         for step in reversed(range(keep.shape[1])):
-            after.append(state_gradient)
-            kept = state_gradient * keep[:, step, :, None, :, None]
+            after[:, step] = state_gradient
+            kept = state_gradient * keep[:, step]
             keep_gradient.append((kept * states[step]).sum((2, 4)))
-            state_gradient = kept + before_gradient[:, step]
-        after_gradient = torch.stack(after[::-1], dim=1).flatten(0, 1).flatten(-2)
+            state_gradient = kept.add_(before_gradient[:, step])
+        after_gradient = after.flatten(0, 1).flatten(-2)
         initial_gradient = state_gradient.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
         # What the tokens add to the state behind their chunk.
-        survival = chunks.survival()
+        keys_gradient += _product(weighted.flatten(-2), after_gradient.mT)
         written = _product(chunks.keys, after_gradient).view(gradient.shape).mul_(survival[..., None])
-        keys_gradient += _product((chunks.values * survival[..., None]).flatten(-2), after_gradient.mT)
-        values_gradient = values_gradient + written
         lost = (written * chunks.values).sum(-1)
-        total_gradient = total_gradient - lost
+        values_gradient = written.add_(values_gradient)
+        total_gradient -= lost
         total_gradient[:, :, -1] += lost.sum(2) + torch.stack(keep_gradient[::-1], dim=1).flatten(0, 1)
 
         log_decay_gradient = total_gradient.flip(2).cumsum(2).flip(2).to(dtype)
         rate = decay_rate.to(dtype).view(groups, 1, -1)
-        plain = _cut(values.to(dtype), ctx.chunk, groups)
-        step_gradient = log_decay_gradient * rate + (values_gradient * plain).sum(-1)
-        value_gradient = values_gradient * chunks.steps[..., None]
+        step_gradient = log_decay_gradient * rate + (values_gradient * chunks.plain).sum(-1)
+        value_gradient = values_gradient.mul_(chunks.steps[..., None])
         skip_gradient = None
         if skip is not None:
-            value_gradient = torch.addcmul(value_gradient, gradient, skip.to(dtype).view(groups, 1, -1, 1))
-            skip_gradient = (gradient * plain).sum((0, 2, 4)).flatten().to(skip.dtype)
+            value_gradient.addcmul_(gradient, skip.to(dtype).view(groups, 1, -1, 1))
+            skip_gradient = (gradient * chunks.plain).sum((0, 2, 4)).flatten().to(skip.dtype)
 
         def joined(tensor: Tensor, like: Tensor) -> Tensor:
             return _join(tensor, batch, sequence).reshape(like.shape).to(like.dtype)

@@ -18,6 +18,7 @@ from kernels.slstm import SLSTMState
 from pretrain.config import Config
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.parameters import initialise_weights
+from pretrain.models.slstm.config import SLSTMConfig
 from pretrain.plan import plan
 from pretrain.plan.memory import BYTES_PER_ELEMENT, layer_costs
 from tests.plan.conftest import FAMILIES, ONE_PROCESS
@@ -71,6 +72,9 @@ def _beyond_the_plan(config: Config, block: str) -> float:
         # A block's output is the next one's first norm input, which is converted there.
         more += 2 * model.hidden_size
     element = BYTES_PER_ELEMENT[config.train.precision]
+    if isinstance(section.mixer, SLSTMConfig):
+        # One rank's channels of the input are the block's own; several ranks each copy theirs.
+        more -= element * model.hidden_size
     if isinstance(section.mixer, AttentionConfig) and section.mixer.rotary_fraction == 0:
         # Attention's output has its queries' layout here, and unless they were rotated that is the projection's.
         heads = section.mixer.num_heads * section.mixer.size_of_head(model.hidden_size)
