@@ -36,7 +36,7 @@ def _attention_backward_flops(
 
 
 # Operations that torch's counter leaves out.
-_FORMULAS = {
+FLOP_FORMULAS = {
     torch.ops.aten.baddbmm_: _baddbmm_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -45,7 +45,7 @@ _FORMULAS = {
 
 def _counted_flops(run: Callable[[], object]) -> int:
     """FLOPs of matrix products."""
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 

@@ -16,7 +16,7 @@ from pretrain.config import Config
 from pretrain.models.decoder import Decoder
 from pretrain.models.mixer import Documents
 from pretrain.parallel.topology import build_topology, megatron_config
-from tests.conformance.declarations import _FORMULAS
+from tests.conformance.declarations import FLOP_FORMULAS
 
 
 def build(config: Config) -> Decoder:
@@ -27,7 +27,7 @@ def build(config: Config) -> Decoder:
 
 def flop_counter() -> FlopCounterMode:
     """Torch's counter, taught what it leaves out."""
-    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    return FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
 
 
 class Allocations(TorchDispatchMode):
