@@ -9,15 +9,13 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.triton_tiles import (
-    load_columns,
-    load_rows,
-    load_state,
     load_state_transposed,
     load_tokens,
     reach_of,
     related_sources,
     survival_of,
 )
+from kernels.tiles import load_columns, load_rows, load_state
 
 
 @triton.jit

@@ -21,16 +21,13 @@ import triton.language as tl
 
 from kernels.ssd.triton_tiles import (
     keep_of,
-    load_columns,
-    load_rows,
-    load_state,
     load_state_transposed,
     load_tokens,
     reach_of,
     related_tokens,
-    store_state,
     survival_of,
 )
+from kernels.tiles import load_columns, load_rows, load_state, store_state
 
 
 @triton.jit

@@ -1,34 +1,9 @@
-"""What the Triton kernels of the state-space recurrence share: loads of tiles, and decays between tokens."""
+"""What the Triton kernels of the state-space recurrence share beyond tiles: decays between tokens."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_rows(base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
-    """A (tokens, columns) tile of a strided (sequence, WIDTH) matrix; zero outside of it."""
-    mask = (tokens < sequence)[:, None]
-    if not EVEN:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(base + tokens.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def load_columns(base, tokens, columns, stride, sequence, WIDTH: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
-    """The transpose of what `load_rows` gives, read transposed rather than transposed after."""
-    mask = (tokens < sequence)[None, :]
-    if not EVEN:
-        mask = mask & (columns < WIDTH)[:, None]
-    return tl.load(base + tokens.to(tl.int64)[None, :] * stride + columns[:, None], mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def load_state(base, channels, states, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr, EVEN: tl.constexpr):
-    """A (channels, states) tile of a contiguous fp32 (HEAD_SIZE, STATE_SIZE) state; zero outside of it."""
-    pointers = base + channels[:, None] * STATE_SIZE + states[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(channels < HEAD_SIZE)[:, None] & (states < STATE_SIZE)[None, :], other=0.0)
+from kernels.tiles import document_before
 
 
 @triton.jit
@@ -43,25 +18,9 @@ def load_state_transposed(
 
 
 @triton.jit
-def store_state(base, tile, channels, states, HEAD_SIZE: tl.constexpr, STATE_SIZE: tl.constexpr, EVEN: tl.constexpr):
-    """The inverse of `load_state`."""
-    pointers = base + channels[:, None] * STATE_SIZE + states[None, :]
-    if EVEN:
-        tl.store(pointers, tile)
-    else:
-        tl.store(pointers, tile, mask=(channels < HEAD_SIZE)[:, None] & (states < STATE_SIZE)[None, :])
-
-
-@triton.jit
 def load_tokens(base, tokens, sequence):
     """One fp32 per token; zero behind the sequence."""
     return tl.load(base + tokens, mask=tokens < sequence, other=0.0)
-
-
-@triton.jit
-def document_before(documents, chunk, CHUNK: tl.constexpr):
-    """The document number of the last token before a chunk; zero before the first chunk."""
-    return tl.load(documents + chunk * CHUNK - 1, mask=chunk > 0, other=0)
 
 
 @triton.jit
