@@ -23,8 +23,7 @@ class _Chunks:
     neither decays nor adds anything.
     """
 
-    plain: Tensor  # (R, G, L, M, P): values
-    values: Tensor  # (R, G, L, M, P): values times step sizes
+    values: Tensor  # (R, G, L, M, P)
     keys: Tensor  # (R, G, L, N)
     queries: Tensor  # (R, G, L, N)
     steps: Tensor  # (R, G, L, M)
@@ -44,9 +43,14 @@ class _Chunks:
         decay = (self.total[:, :, -1:] - self.total).exp_()
         return decay if self.lasting is None else decay.mul_(self.lasting[:, None, :, None])
 
-    def by_head(self, tensor: Tensor) -> Tensor:
-        """(R, G, L, M, P) to (R, G, M, L, P), contiguous: products over heads then need no further copies."""
-        return tensor.transpose(2, 3).contiguous()
+    def stepped_by_head(self) -> Tensor:
+        """(R, G, M, L, P): values times step sizes, contiguous, so that products over heads need no copies."""
+        values, steps = self.values.transpose(2, 3), self.steps.transpose(2, 3)[..., None]
+        return torch.mul(values, steps, out=values.new_empty(values.shape))
+
+    def written(self, survival: Tensor) -> Tensor:
+        """(R, G, L, M, P): what each token adds to the state behind the chunk, beside its key."""
+        return self.values * (self.steps * survival)[..., None]
 
     def decays(self) -> Tensor:
         """(R, G, M, L, L): what is left of token j at token i; zero where i does not see j."""
@@ -95,10 +99,8 @@ def _prepare(
         related = causal & (document[:, :, None] == document[:, None, :])
         reached = document == 0
         lasting = document == document[:, -1:]
-    plain = _cut(values.to(dtype), chunk, groups)
     return _Chunks(
-        plain=plain,
-        values=plain * steps[..., None],
+        values=_cut(values.to(dtype), chunk, groups),
         keys=_cut(keys.to(dtype), chunk, None),
         queries=_cut(queries.to(dtype), chunk, None),
         steps=steps,
@@ -118,7 +120,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _states(chunks: _Chunks, reach: Tensor, weighted: Tensor, initial_state: Tensor) -> Tensor:
     """(chunks + 1, batch, G, N, M, P): the state before each chunk, and after the last.
 
-    ``weighted`` are the values times the step sizes and :meth:`_Chunks.survival`.
+    ``weighted`` is :meth:`_Chunks.written`.
     """
     groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
     added = _product(chunks.keys.mT, weighted.flatten(-2)).unflatten(-1, (heads, -1))
@@ -163,9 +165,9 @@ class _SSD(torch.autograd.Function):
         dtype = initial_state.dtype
         chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, chunk, dtype)
         reach = chunks.reach()
-        states = _states(chunks, reach, chunks.values * chunks.survival()[..., None], initial_state)
+        states = _states(chunks, reach, chunks.written(chunks.survival()), initial_state)
         pairs = chunks.decays().mul_(_product(chunks.queries, chunks.keys.mT)[:, :, None])
-        within = _product(pairs, chunks.by_head(chunks.values)).transpose(2, 3)
+        within = _product(pairs, chunks.stepped_by_head()).transpose(2, 3)
         carried = _product(chunks.queries, _before(states)).view(chunks.values.shape)
         outputs = carried.mul_(reach[..., None]).add_(within)
         outputs = _join(outputs, values.shape[0], values.shape[1]).flatten(2, 3)
@@ -184,15 +186,15 @@ class _SSD(torch.autograd.Function):
         groups, heads = chunks.keys.shape[1], chunks.steps.shape[3]
         gradient = _cut(output_gradient.to(dtype), ctx.chunk, groups)
         reach, survival = chunks.reach(), chunks.survival()
-        weighted = chunks.values * survival[..., None]
+        weighted = chunks.written(survival)
         states = _states(chunks, reach, weighted, initial_state)
 
         # Pairs of tokens within a chunk.
-        values_by_head, gradient_by_head = chunks.by_head(chunks.values), chunks.by_head(gradient)
+        gradient_by_head = gradient.transpose(2, 3).contiguous()
         decays = chunks.decays()
         pairs = decays * _product(chunks.queries, chunks.keys.mT)[:, :, None]
         values_gradient = _product(pairs.mT, gradient_by_head).transpose(2, 3)
-        pairs_gradient = _product(gradient_by_head, values_by_head.mT)
+        pairs_gradient = _product(gradient_by_head, chunks.stepped_by_head().mT)
         scores_gradient = decays.mul_(pairs_gradient).sum(2)
         exponents = pairs_gradient.mul_(pairs)
         # A token's pair with itself has no decay. Sums that nearly cancel, and then add up over the chunk.
@@ -226,19 +228,19 @@ class _SSD(torch.autograd.Function):
         # What the tokens add to the state behind their chunk.
         keys_gradient += _product(weighted.flatten(-2), after_gradient.mT)
         written = _product(chunks.keys, after_gradient).view(gradient.shape).mul_(survival[..., None])
-        lost = (written * chunks.values).sum(-1)
+        lost = (written * chunks.values).sum(-1) * chunks.steps
         values_gradient = written.add_(values_gradient)
         total_gradient -= lost
         total_gradient[:, :, -1] += lost.sum(2) + torch.stack(keep_gradient[::-1], dim=1).flatten(0, 1)
 
         log_decay_gradient = total_gradient.flip(2).cumsum(2).flip(2).to(dtype)
         rate = decay_rate.to(dtype).view(groups, 1, -1)
-        step_gradient = log_decay_gradient * rate + (values_gradient * chunks.plain).sum(-1)
+        step_gradient = log_decay_gradient * rate + (values_gradient * chunks.values).sum(-1)
         value_gradient = values_gradient.mul_(chunks.steps[..., None])
         skip_gradient = None
         if skip is not None:
             value_gradient.addcmul_(gradient, skip.to(dtype).view(groups, 1, -1, 1))
-            skip_gradient = (gradient * chunks.plain).sum((0, 2, 4)).flatten().to(skip.dtype)
+            skip_gradient = (gradient * chunks.values).sum((0, 2, 4)).flatten().to(skip.dtype)
 
         def joined(tensor: Tensor, like: Tensor) -> Tensor:
             return _join(tensor, batch, sequence).reshape(like.shape).to(like.dtype)
