@@ -117,8 +117,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, -3), right.flatten(0, -3)).unflatten(0, left.shape[:-2])
 
 
-def _states(chunks: _Chunks, reach: Tensor, weighted: Tensor, initial_state: Tensor) -> Tensor:
-    """(chunks + 1, batch, G, N, M, P): the state before each chunk, and after the last.
+def _states(chunks: _Chunks, reach: Tensor, weighted: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, (batch, chunks, G, N, M, P), and after the last, (batch, G, N, M, P).
 
     ``weighted`` is :meth:`_Chunks.written`.
     """
@@ -126,11 +126,12 @@ def _states(chunks: _Chunks, reach: Tensor, weighted: Tensor, initial_state: Ten
     added = _product(chunks.keys.mT, weighted.flatten(-2)).unflatten(-1, (heads, -1))
     added = added.unflatten(0, (chunks.batch, -1))
     keep = _keep(chunks, reach)
-    states = added.new_empty(added.shape[1] + 1, *added[:, 0].shape)
-    states[0] = initial_state.unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
-    for step in range(added.shape[1]):
-        torch.addcmul(added[:, step], keep[:, step], states[step], out=states[step + 1])
-    return states
+    before, final = torch.empty_like(added), torch.empty_like(added[:, 0])
+    before[:, 0] = initial_state.unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
+    places = [*before.unbind(1), final]
+    for step, (state, following) in enumerate(zip(places, places[1:], strict=False)):
+        torch.addcmul(added[:, step], keep[:, step], state, out=following)
+    return before, final
 
 
 def _keep(chunks: _Chunks, reach: Tensor) -> Tensor:
@@ -138,14 +139,9 @@ def _keep(chunks: _Chunks, reach: Tensor) -> Tensor:
     return reach[:, :, -1].unflatten(0, (chunks.batch, -1))[:, :, :, None, :, None]
 
 
-def _before(states: Tensor) -> Tensor:
-    """(R, G, N, M * P): the state before each chunk, by rows."""
-    return states[:-1].transpose(0, 1).flatten(0, 1).flatten(-2)
-
-
-def _final(states: Tensor) -> Tensor:
-    """(batch, heads, P, N)."""
-    return states[-1].permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+def _by_rows(states: Tensor) -> Tensor:
+    """(batch, chunks, G, N, M, P) to (R, G, N, M * P)."""
+    return states.flatten(0, 1).flatten(-2)
 
 
 class _SSD(torch.autograd.Function):
@@ -165,17 +161,17 @@ class _SSD(torch.autograd.Function):
         dtype = initial_state.dtype
         chunks = _prepare(values, step_size, decay_rate, keys, queries, document_starts, chunk, dtype)
         reach = chunks.reach()
-        states = _states(chunks, reach, chunks.written(chunks.survival()), initial_state)
+        before, final = _states(chunks, reach, chunks.written(chunks.survival()), initial_state)
         pairs = chunks.decays().mul_(_product(chunks.queries, chunks.keys.mT)[:, :, None])
         within = _product(pairs, chunks.stepped_by_head()).transpose(2, 3)
-        carried = _product(chunks.queries, _before(states)).view(chunks.values.shape)
+        carried = _product(chunks.queries, _by_rows(before)).view(chunks.values.shape)
         outputs = carried.mul_(reach[..., None]).add_(within)
         outputs = _join(outputs, values.shape[0], values.shape[1]).flatten(2, 3)
         if skip is not None:
             outputs = torch.addcmul(outputs, values.to(dtype), skip.to(dtype)[:, None])
         ctx.save_for_backward(values, step_size, decay_rate, keys, queries, skip, initial_state, document_starts)
         ctx.chunk = chunk
-        return outputs.to(values.dtype), _final(states)
+        return outputs.to(values.dtype), final.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -187,7 +183,7 @@ class _SSD(torch.autograd.Function):
         gradient = _cut(output_gradient.to(dtype), ctx.chunk, groups)
         reach, survival = chunks.reach(), chunks.survival()
         weighted = chunks.written(survival)
-        states = _states(chunks, reach, weighted, initial_state)
+        before, _ = _states(chunks, reach, weighted, initial_state)
 
         # Pairs of tokens within a chunk.
         gradient_by_head = gradient.transpose(2, 3).contiguous()
@@ -204,26 +200,23 @@ class _SSD(torch.autograd.Function):
         keys_gradient = _product(scores_gradient.mT, chunks.queries)
 
         # What the tokens read from the state before their chunk.
-        before = _before(states)
         reading = gradient * reach[..., None]
-        queries_gradient += _product(reading.flatten(-2), before.mT)
+        queries_gradient += _product(reading.flatten(-2), _by_rows(before).mT)
         before_gradient = _product(chunks.queries.mT, reading.flatten(-2)).unflatten(-1, (heads, -1))
-        read = _product(chunks.queries, before).view(gradient.shape)
+        read = _product(chunks.queries, _by_rows(before)).view(gradient.shape)
         total_gradient += read.mul_(reading).sum(-1)
 
         # From the last chunk's state to the first's.
         before_gradient = before_gradient.unflatten(0, (batch, -1))
         keep = _keep(chunks, reach)
-        state_gradient = final_gradient.to(dtype).unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
-        after = torch.empty_like(before_gradient)
-        keep_gradient = []
+        after, initial_gradient = torch.empty_like(before), torch.empty_like(before[:, 0])
+        after[:, -1] = final_gradient.to(dtype).unflatten(1, (groups, heads)).permute(0, 1, 4, 2, 3)
+        places = [initial_gradient, *after.unbind(1)]
         for step in reversed(range(keep.shape[1])):
-            after[:, step] = state_gradient
-            kept = state_gradient * keep[:, step]
-            keep_gradient.append((kept * states[step]).sum((2, 4)))
-            state_gradient = kept.add_(before_gradient[:, step])
-        after_gradient = after.flatten(0, 1).flatten(-2)
-        initial_gradient = state_gradient.permute(0, 1, 3, 4, 2).flatten(1, 2)
+            torch.addcmul(before_gradient[:, step], places[step + 1], keep[:, step], out=places[step])
+        keep_gradient = (after * before).sum((3, 5)) * keep[:, :, :, 0, :, 0]
+        initial_gradient = initial_gradient.permute(0, 1, 3, 4, 2).flatten(1, 2)
+        after_gradient = _by_rows(after)
 
         # What the tokens add to the state behind their chunk.
         keys_gradient += _product(weighted.flatten(-2), after_gradient.mT)
@@ -231,7 +224,7 @@ class _SSD(torch.autograd.Function):
         lost = (written * chunks.values).sum(-1) * chunks.steps
         values_gradient = written.add_(values_gradient)
         total_gradient -= lost
-        total_gradient[:, :, -1] += lost.sum(2) + torch.stack(keep_gradient[::-1], dim=1).flatten(0, 1)
+        total_gradient[:, :, -1] += lost.sum(2) + keep_gradient.flatten(0, 1)
 
         log_decay_gradient = total_gradient.flip(2).cumsum(2).flip(2).to(dtype)
         rate = decay_rate.to(dtype).view(groups, 1, -1)
