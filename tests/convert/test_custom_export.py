@@ -60,7 +60,8 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     dynamic_module_utils.HF_MODULES_CACHE = str(directory)
     yield directory
     dynamic_module_utils.HF_MODULES_CACHE = usual
-    sys.path.remove(str(directory))
+    # It is there only once transformers has loaded code from it.
+    sys.path[:] = [entry for entry in sys.path if entry != str(directory)]
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
         del sys.modules[name]
 
