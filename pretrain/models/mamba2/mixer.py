@@ -63,6 +63,13 @@ class Mamba2(SequenceMixer):
         ranks = context.tensor_parallel
         self.local_heads = heads // ranks
         self.groups_are_split = config.num_groups % ranks == 0
+        if not self.groups_are_split:
+            first = self.local_heads * parallel_state.get_tensor_model_parallel_rank()
+            group_of_head = [(first + head) * config.num_groups // heads for head in range(self.local_heads)]
+            # Heads of one group stay together where that fits; else each head takes a copy of its group's.
+            groups = list(dict.fromkeys(group_of_head))
+            even = group_of_head == [group for group in groups for _ in range(self.local_heads // len(groups))]
+            self.group_of_head = slice(groups[0], groups[-1] + 1) if even else group_of_head
 
         linear = uniform(-(width**-0.5), width**-0.5)
         split = ParameterSpec(linear, shard_dimension=0)
@@ -124,16 +131,7 @@ class Mamba2(SequenceMixer):
         groups = channels.unflatten(-1, (-1, self.config.state_size))
         if self.groups_are_split:
             return groups
-        heads_per_group = self.local_heads * parallel_state.get_tensor_model_parallel_world_size()
-        heads_per_group //= self.config.num_groups
-        first = self.local_heads * parallel_state.get_tensor_model_parallel_rank()
-        of_head = torch.arange(first, first + self.local_heads, device=channels.device) // heads_per_group
-        # Heads of one group stay together where that fits; else each head takes a copy of its group's.
-        chosen = of_head.unique_consecutive()
-        even = self.local_heads % len(chosen) == 0 and torch.equal(
-            chosen.repeat_interleave(self.local_heads // len(chosen)), of_head
-        )
-        return groups.index_select(-2, chosen if even else of_head)
+        return groups[..., self.group_of_head, :]
 
     def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
         # One convolution over values, keys and queries; each part has weights and a state of its own.
