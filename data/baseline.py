@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.batch import IGNORED_LABEL
 from data.errors import DataError
-from data.packing import IGNORED_LABEL
-from data.samples import Samples
+from data.samples import HeldOutSamples, Samples
 
 # The table of pairs has vocab_size squared entries: 128 MiB of counts at this size.
 LARGEST_VOCABULARY = 4096
@@ -20,7 +20,7 @@ _CHUNK_SAMPLES = 64
 
 def bigram_bits_per_byte(
     train: Samples,
-    held_out: Samples,
+    held_out: HeldOutSamples,
     training_tokens: int = DEFAULT_TRAINING_TOKENS,
     held_out_indices: Sequence[int] | None = None,
 ) -> float:
@@ -36,7 +36,7 @@ def bigram_bits_per_byte(
     Raises ``DataError`` for a vocabulary above ``LARGEST_VOCABULARY``, whose table of pairs would not fit, and for
     labels that stand for no bytes.
     """
-    vocab_size = len(train.token_byte_lengths)
+    vocab_size = len(train.format.token_byte_lengths)
     if vocab_size > LARGEST_VOCABULARY:
         raise DataError(
             f"the bigram baseline counts every pair of ids and takes vocabularies up to {LARGEST_VOCABULARY},"

@@ -115,6 +115,9 @@ SourceConfig = Annotated[
 ]
 TokenizerConfig = Annotated[BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")]
 
+# Sources that hold token ids: they are not tokenized, and so not streamed either.
+READ_IN_PLACE = (MegatronIndexedSource,)
+
 
 class MixtureSource(_Config):
     """One source of a mixture."""
@@ -125,12 +128,40 @@ class MixtureSource(_Config):
     )
 
 
-class MixturePhase(_Config):
-    """Other weights from some token of the run on."""
+class CurriculumPhase(_Config):
+    """Other weights of the mixture, or another length of sequences, from some token of the run on."""
 
-    from_tokens: int = Field(gt=0, description="tokens of the run after which these weights hold")
-    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        min_length=1, description="weight of each source that takes part from then on"
+    from_tokens: int = Field(ge=0, description="tokens of the run after which this holds")
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None, min_length=1, description="weight of each source that takes part from then on; null: as before"
+    )
+    sequence_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="each sample of data.sequence_length tokens is trained on in rows of so many, a divisor of it; the"
+        " order of the data and the tokens of a step stay what they are. null: as before",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> CurriculumPhase:
+        if self.weights is None and self.sequence_length is None:
+            raise ValueError(f"the phase from_tokens={self.from_tokens} changes nothing; give weights, sequence_length")
+        if self.weights is not None and self.from_tokens == 0:
+            raise ValueError("weights from_tokens=0 are the mixture's own; give them in data.mixture")
+        return self
+
+
+class StreamConfig(_Config):
+    """Documents are tokenized while the run reads them, and nothing is kept."""
+
+    shuffle_documents: int = Field(
+        default=4096, ge=1, description="documents that are held in memory and shuffled together"
+    )
+    held_out_samples: int = Field(
+        default=256, ge=1, description="samples to evaluate on, from the first documents that are held out"
+    )
+    workers: int = Field(
+        default=2, ge=0, description="background processes that tokenize; 0: the training process itself does"
     )
 
 
@@ -141,9 +172,22 @@ class DataConfig(_Config):
     mixture: dict[str, MixtureSource] | None = Field(
         default=None, min_length=1, description="several sources by name, with their weights; or else give source"
     )
-    curriculum: list[MixturePhase] = Field(default=[], description="weights of the mixture later in the run")
+    curriculum: list[CurriculumPhase] = Field(
+        default=[], description="weights of the mixture, and lengths of sequences, over the run"
+    )
     tokenizer: TokenizerConfig
     sequence_length: int = Field(ge=2, description="tokens in a sample that the model reads")
+    packing: Literal["concatenate", "best_fit"] = Field(
+        default="concatenate",
+        description="how training documents fill samples: one behind the other and cut where a sample is full, or whole"
+        " wherever they fit, with some padding",
+    )
+    predict_document_ends: bool = Field(
+        default=True, description="whether a document's last token predicts the mark behind it; false: nothing"
+    )
+    stream: StreamConfig | None = Field(
+        default=None, description="tokenize while reading; null: tokenize everything before the first step"
+    )
     held_out_fraction: float = Field(
         default=0.02, gt=0, lt=0.5, description="share of the documents that is never trained on"
     )
@@ -155,16 +199,33 @@ class DataConfig(_Config):
     def _one_kind_of_source(self) -> DataConfig:
         if (self.source is None) == (self.mixture is None):
             raise ValueError("give either source or mixture" + (", not both" if self.source else ""))
-        if self.curriculum and self.mixture is None:
+        if self.mixture is None and any(phase.weights for phase in self.curriculum):
             raise ValueError("curriculum changes the weights of a mixture, but there is none; give mixture")
+        if self.stream is not None and self.cache_directory is not None:
+            raise ValueError("stream keeps no tokenized text, so leave out cache_directory (or stream)")
+        if self.stream is not None and isinstance(self.source, READ_IN_PLACE):
+            raise ValueError(f"source.type {self.source.type} is tokenized already and read in place; leave out stream")
         if any(not re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in self.mixture or ()):
             raise ValueError(f"names in mixture take letters, digits, - and _, but are {sorted(self.mixture or ())}")
-        before = 0
+        before = -1
         for phase in self.curriculum:
-            unknown = sorted(set(phase.weights) - set(self.mixture or ()))
+            unknown = sorted(set(phase.weights or ()) - set(self.mixture or ()))
             if unknown:
                 raise ValueError(f"curriculum names the source '{unknown[0]}', but mixture has {sorted(self.mixture)}")
             if phase.from_tokens <= before:
                 raise ValueError(f"curriculum's from_tokens must rise, but {phase.from_tokens} follows {before}")
+            if phase.sequence_length is not None and self.sequence_length % phase.sequence_length:
+                raise ValueError(
+                    f"curriculum's sequence_length {phase.sequence_length} must divide data.sequence_length"
+                    f" {self.sequence_length}"
+                )
             before = phase.from_tokens
         return self
+
+    def length_at(self, tokens: int) -> int:
+        """Length of the rows that the run trains on after so many tokens."""
+        length = self.sequence_length
+        for phase in self.curriculum:
+            if phase.sequence_length is not None and phase.from_tokens <= tokens:
+                length = phase.sequence_length
+        return length

@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 from data.config import HuggingFaceSource
 from data.errors import DataError
 from data.records import RecordReader
-from data.sources import Document, fingerprint_files
+from data.sources import Cursor, Document, DocumentReader, fingerprint_files
 
 logger = logging.getLogger(__name__)
 
 # A source over the network is asked again after so many seconds, then given up.
 RETRY_SECONDS = (1, 4, 16, 64)
+
+# So many rows at most are read again where a network fails.
+_ROWS_BETWEEN_STATES = 256
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names of builders that read plain files, given by data_files.
@@ -37,19 +40,42 @@ class HubDocuments:
         self.reader = RecordReader(config)
         self.local_files = _local_files(config)
 
+    def read(self, cursor: Cursor | None = None) -> DocumentReader:
+        """See ``Source.read``; a network that fails is asked again from the row where it failed."""
+        # The library's own state leads to a row without reading those before it; a count alone does not.
+        place = dict(cursor or {"row": 0, "state": None, "skipped": 0})
+        self.reader = reader = RecordReader(self.config, place["skipped"])
+        opened: list[_Rows] = []
+
+        def current() -> Cursor:
+            state = opened[-1].state() if opened else place["state"]
+            return {"row": place["row"], "state": state, "skipped": reader.skipped}
+
+        return DocumentReader(self._documents(place, reader, opened), current)
+
     def documents(self) -> Iterator[Document]:
-        """Every document; a network that fails is asked again from the row where it failed."""
+        """See ``Source.documents``."""
+        return self.read()
+
+    def _documents(self, place: Cursor, reader: RecordReader, opened: list[_Rows]) -> Iterator[Document]:
+        """Documents from ``place`` on, whose row is kept at the next one; ``opened`` holds the newest rows."""
         name = self.config.path if self.config.path not in _FILE_BUILDERS else "files"
-        row = 0
+        # From where the rows are opened again: a state of the library, and the row that it leads to.
+        state, state_row = place["state"], place["row"]
         attempts = iter(RETRY_SECONDS)
         while True:
             try:
-                for record in self._rows(row):
-                    document = self.reader.document(name, f"{self._described} row {row}", record)
-                    row += 1
+                rows = self._rows(place["row"] - state_row if state else place["row"], state)
+                opened[:] = [rows]
+                for record in rows:
+                    location = f"{self._described} row {place['row']}"
+                    place["row"] += 1
                     attempts = iter(RETRY_SECONDS)
+                    document = reader.document(name, location, record)
                     if document is not None:
                         yield document
+                    if place["row"] - state_row >= _ROWS_BETWEEN_STATES:
+                        state, state_row = rows.state(), place["row"]
                 return
             except DataError:
                 raise
@@ -57,10 +83,10 @@ class HubDocuments:
                 seconds = next(attempts, None)
                 if self.local_files or seconds is None or not isinstance(error, OSError):
                     raise DataError(
-                        f"{self._described} cannot be read at row {row} ({type(error).__name__}: {error}); mend the"
-                        " file or leave it out, or check the network."
+                        f"{self._described} cannot be read at row {place['row']} ({type(error).__name__}: {error});"
+                        " mend the file or leave it out, or check the network."
                     ) from error
-                logger.warning("%s row %d: %s; asking again in %d s", self._described, row, error, seconds)
+                logger.warning("%s row %d: %s; asking again in %d s", self._described, place["row"], error, seconds)
                 time.sleep(seconds)
 
     def fingerprint(self) -> str:
@@ -89,7 +115,8 @@ class HubDocuments:
 
         return str(HfApi().dataset_info(self.config.path, revision=self.config.revision).sha)
 
-    def _rows(self, first: int) -> Iterator[Any]:
+    def _rows(self, skipped: int, state: dict[str, Any] | None) -> _Rows:
+        """The rows behind the first ``skipped``, counted from ``state`` of an earlier opening, or from the start."""
         import datasets
 
         config = self.config
@@ -101,7 +128,30 @@ class HubDocuments:
             revision=config.revision,
             streaming=config.streaming,
         )
-        return iter(dataset.skip(first) if first else dataset)
+        if state is not None:
+            dataset.load_state_dict(state)
+        return _Rows(dataset, skipped)
+
+
+class _Rows(Iterator[Any]):
+    """The rows of an opened dataset, and how to find the next one again."""
+
+    def __init__(self, dataset: Any, skipped: int) -> None:
+        self._dataset, self._has_state = dataset, hasattr(dataset, "state_dict")
+        # Skipping a streamed dataset makes another one, whose state would be counted from there.
+        if self._has_state:
+            self._rows = iter(dataset)
+            for _ in range(skipped):
+                next(self._rows, None)
+        else:
+            self._rows = iter(dataset.skip(skipped) if skipped else dataset)
+
+    def __next__(self) -> Any:
+        return next(self._rows)
+
+    def state(self) -> dict[str, Any] | None:
+        """What leads to the next row; None where a count of rows is enough."""
+        return self._dataset.state_dict() if self._has_state else None
 
 
 def _as_list(files: str | list[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ repeats or leaves out a sample.
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +101,7 @@ class _Segment:
         self.weights = weights / weights.sum()
         self.offsets = np.array([random_fraction(seed, MIXTURE_OFFSETS, name) for name in sorted(phase.weights)])
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
 
     def locate(self, index: int) -> tuple[int, int]:
         """Number of the source, and index within it."""
@@ -156,10 +158,12 @@ class _Segment:
         return self._merge(start, 1)[2]
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self._blocks.get(block)
-        if found is None:
-            sources, within, _ = self._merge(block * _BLOCK, _BLOCK)
-            while len(self._blocks) >= 2:
-                self._blocks.pop(min(self._blocks), None)
-            found = self._blocks[block] = (sources, within)
-        return found
+        # The lock is for threads that read ahead.
+        with self._lock:
+            found = self._blocks.get(block)
+            if found is None:
+                sources, within, _ = self._merge(block * _BLOCK, _BLOCK)
+                while len(self._blocks) >= 2:
+                    del self._blocks[min(self._blocks)]
+                found = self._blocks[block] = (sources, within)
+            return found

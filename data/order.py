@@ -17,15 +17,18 @@ from data.errors import DataError
 DOCUMENT_ORDER = 0
 SAMPLE_ORDER = 1
 MIXTURE_OFFSETS = 2
+BLOCK_ORDER = 3
+BLOCK_SIZE = 4
+BLOCK_SAMPLES = 5
 
 
-def permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
-    """(size,) int64: a uniformly random order of range(size).
+def permutation(size: int, seed: int, epoch: int, purpose: int, *further: int) -> np.ndarray:
+    """(size,) int64: a uniformly random order of range(size), for these numbers.
 
     It sorts raw 64-bit outputs of Philox, which NumPy promises to keep; the algorithm behind
     ``Generator.permutation`` may change between versions, and with it the data order of a resumed run.
     """
-    random = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(size)
+    random = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose, *further])).random_raw(size)
     return np.argsort(random, kind="stable")
 
 

@@ -8,63 +8,85 @@ first is predicted exactly once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 
+from data.batch import Batch, Rows, SampleFormat
 from data.documents import StoredDocuments, read_stream
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 
-# The label where nothing is to be predicted; torch's cross entropy ignores it by default.
-IGNORED_LABEL = -100
+Order = TypeVar("Order")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples as the model reads them. B rows, S = sequence length."""
+class SourceSamples:
+    """Samples of one source, each computed from its index.
 
-    tokens: torch.Tensor  # (B, S) int64
-    labels: torch.Tensor  # (B, S) int64: the next token, or IGNORED_LABEL in padding
-    document_starts: torch.Tensor  # (B, S) bool: the model's state restarts before this token
-    label_bytes: int  # raw bytes that the labels stand for; boundary marks stand for none
-    label_count: int  # labels that are not ignored, boundary marks included
+    Attributes:
+        format: how long samples are and what their ids mean.
+        samples_per_epoch: how many samples read the source through once; None where nobody has counted.
+    """
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        return Batch(
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            document_starts=self.document_starts.to(device, non_blocking=non_blocking),
-            label_bytes=self.label_bytes,
-            label_count=self.label_count,
-        )
+    format: SampleFormat
+    samples_per_epoch: int | None
+
+    def rows(self, indices: list[int]) -> Rows:
+        """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
+        raise NotImplementedError(f"{type(self).__name__} must find its samples")
+
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: tokens of the documents in their stored order."""
+        raise NotImplementedError(f"{type(self).__name__} must read its documents")
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (S + 1,) int64 and document starts (S + 1,) bool of one sample: inputs and the last label.
+
+        ``starts[0]`` is always True: no state is carried from one sample to the next. Padding is filled with
+        the boundary mark. Raises ``IndexError`` for a negative index.
+        """
+        rows = self.rows([index])
+        return rows.tokens[0], self.format.document_starts(rows)[0]
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices`` as one batch. Raises ``IndexError`` for a negative index."""
+        return self.format.batch(self.rows(list(indices)))
+
+    def epochs(self, position: int) -> float:
+        """How often the first ``position`` samples read the source through."""
+        return position / self.samples_per_epoch if self.samples_per_epoch else 0.0
+
+    def bookmark(self, position: int) -> dict[str, Any] | None:
+        """What helps to find sample ``position`` quickly in another process, as JSON; None where nothing is needed."""
+        return None
+
+    def go_on(self, bookmark: dict[str, Any]) -> None:
+        """Takes a bookmark that another process made; before the first sample is read."""
+        raise AssertionError(f"{type(self).__name__} makes no bookmarks")
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
 
 
-def document_starts(rows: np.ndarray, boundary_id: int) -> np.ndarray:
-    """Where the state restarts: at every mark, and at the first token, since nothing is carried between samples."""
-    starts = rows == boundary_id
-    starts[:, 0] = True
-    return starts
+class EpochOrders(Generic[Order]):
+    """The order of each epoch, made when it is first asked for; the two newest are kept."""
 
+    def __init__(self, make: Callable[[int], Order]) -> None:
+        self._make = make
+        self._orders: dict[int, Order] = {}
+        self._lock = threading.Lock()
 
-def make_batch(rows: np.ndarray, valid: np.ndarray, boundary_id: int, token_byte_lengths: np.ndarray) -> Batch:
-    """A batch of (B, S + 1) tokens of which the first ``valid[b]`` predictions of each row count."""
-    labels = rows[:, 1:].copy()
-    label_count = int(valid.sum())
-    label_bytes = token_byte_lengths[labels].sum()
-    if label_count < labels.size:
-        # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.
-        labels[np.arange(labels.shape[1]) >= valid[:, None]] = IGNORED_LABEL
-    return Batch(
-        tokens=torch.from_numpy(rows[:, :-1].copy()),
-        labels=torch.from_numpy(labels),
-        document_starts=torch.from_numpy(document_starts(rows, boundary_id)[:, :-1].copy()),
-        label_bytes=int(label_bytes),
-        label_count=label_count,
-    )
+    def __getitem__(self, epoch: int) -> Order:
+        # Two, because a batch may straddle epochs; the lock is for threads that read ahead.
+        with self._lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                while len(self._orders) >= 2:
+                    del self._orders[min(self._orders)]
+                order = self._orders[epoch] = self._make(epoch)
+            return order
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class _EpochOrder:
     samples: np.ndarray | None  # (samples per epoch,) or None for 0, 1, 2, ...
 
 
-class PackedSamples:
+class PackedSamples(SourceSamples):
     """Samples of one split, each computed on demand from its index alone.
 
     Shuffled (training): sample i belongs to epoch i // samples_per_epoch, for any i >= 0. Each epoch orders
@@ -88,62 +110,32 @@ class PackedSamples:
     evaluation can run the same number of equal micro-batches.
     """
 
-    def __init__(
-        self,
-        documents: StoredDocuments,
-        sequence_length: int,
-        boundary_id: int,
-        token_byte_lengths: np.ndarray,
-        seed: int,
-        shuffled: bool,
-    ) -> None:
+    samples_per_epoch: int
+
+    def __init__(self, documents: StoredDocuments, format: SampleFormat, seed: int, shuffled: bool) -> None:
         """Raises ``DataError`` when the documents do not fill one sample (shuffled) or predict no token."""
-        self.documents = documents
-        self.sequence_length = sequence_length
-        self.boundary_id = boundary_id
-        self.token_byte_lengths = token_byte_lengths
-        self.seed = seed
-        self.shuffled = shuffled
+        self.documents, self.format = documents, format
+        self.seed, self.shuffled = seed, shuffled
+        length = format.sequence_length
         predicted = documents.counts.tokens - 1
-        if predicted < (sequence_length if shuffled else 1):
+        if predicted < (length if shuffled else 1):
             raise DataError(
                 f"the {'training' if shuffled else 'held-out'} split has {documents.counts.tokens} tokens,"
-                f" fewer than one sample of data.sequence_length {sequence_length} + 1 needs; give more text"
+                f" fewer than one sample of data.sequence_length {length} + 1 needs; give more text"
                 " or lower data.sequence_length."
             )
-        if shuffled:
-            self.samples_per_epoch = predicted // sequence_length
-            self.dropped_tokens = predicted % sequence_length
-        else:
-            self.samples_per_epoch = -(-predicted // sequence_length)
-            self.dropped_tokens = 0
-        self._orders: dict[int, _EpochOrder] = {}
-        self._orders_lock = threading.Lock()
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (S + 1,) int64 and document starts (S + 1,) bool of one sample: inputs and the last label.
-
-        ``starts[0]`` is always True: no state is carried from one sample to the next. Padding is filled with
-        the boundary mark. Raises ``IndexError`` for a negative index.
-        """
-        rows, _ = self.rows([index])
-        return rows[0], document_starts(rows, self.boundary_id)[0]
-
-    def batch(self, indices: Iterable[int]) -> Batch:
-        """The samples of ``indices`` as one batch. Raises ``IndexError`` for a negative index."""
-        rows, valid = self.rows(list(indices))
-        return make_batch(rows, valid, self.boundary_id, self.token_byte_lengths)
+        self.samples_per_epoch = predicted // length if shuffled else -(-predicted // length)
+        self.dropped_tokens = predicted % length if shuffled else 0
+        self.padding_tokens = 0 if shuffled else self.samples_per_epoch * length - predicted
+        self._orders = EpochOrders(self._make_order)
 
     def first_tokens(self, limit: int) -> np.ndarray:
-        """(at most ``limit``,) int64: documents in their stored order."""
         return read_stream(self.documents, limit)
 
-    def rows(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(B, S + 1) int64 tokens of the samples, padded with the mark, and (B,) how many labels each has."""
-        length = self.sequence_length
+    def rows(self, indices: list[int]) -> Rows:
+        length = self.format.sequence_length
         total = self.documents.counts.tokens
-        rows = np.full((len(indices), length + 1), self.boundary_id, dtype=np.int64)
-        valid = np.zeros(len(indices), dtype=np.int64)
+        rows = self.format.padding(len(indices))
         for row, index in enumerate(indices):
             if index < 0:
                 raise IndexError(f"sample {index}: samples are counted from 0")
@@ -153,12 +145,12 @@ class PackedSamples:
                 epoch, within = 0, index
             else:
                 continue
-            order = self._order(epoch)
+            order = self._orders[epoch]
             start = int(within if order.samples is None else order.samples[within]) * length
             end = min(start + length + 1, total)
-            self._read(order, start, end, rows[row])
-            valid[row] = end - start - 1
-        return rows, valid
+            self._read(order, start, end, rows.tokens[row])
+            rows.valid[row] = end - start - 1
+        return rows
 
     def _read(self, order: _EpochOrder, start: int, end: int, out: np.ndarray) -> None:
         """Copies positions start to end - 1 of the concatenation to the front of ``out``, as int64."""
@@ -171,16 +163,6 @@ class PackedSamples:
             self.documents.read(document, first, out[position - start : piece_end - start])
             position = piece_end
             place += 1
-
-    def _order(self, epoch: int) -> _EpochOrder:
-        # Two epochs are kept because a batch may straddle them; the lock is for threads that read ahead.
-        with self._orders_lock:
-            order = self._orders.get(epoch)
-            if order is None:
-                while len(self._orders) >= 2:
-                    del self._orders[min(self._orders)]
-                order = self._orders[epoch] = self._make_order(epoch)
-            return order
 
     def _make_order(self, epoch: int) -> _EpochOrder:
         lengths = self.documents.lengths

@@ -18,7 +18,7 @@ import fsspec
 
 from data.config import JsonlSource, RecordsConfig
 from data.errors import DataError
-from data.sources import Document, fingerprint_files
+from data.sources import Cursor, Document, DocumentReader, fingerprint_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,10 @@ class RecordReader:
         skipped: bad records that were left out because the source says so.
     """
 
-    def __init__(self, config: RecordsConfig) -> None:
+    def __init__(self, config: RecordsConfig, skipped: int = 0) -> None:
+        """``skipped``: bad records that an earlier reading, which this one continues, left out."""
         self.config = config
-        self.filtered = self.skipped = 0
+        self.filtered, self.skipped = 0, skipped
 
     def document(self, name: str, location: str, record: Any) -> Document | None:
         """The document in ``record``; None where it is filtered out, or is bad and may be skipped.
@@ -99,41 +100,61 @@ class JsonlDocuments:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         self.files = [(Path(name).name, Path(name)) for name in found if os.path.isfile(name)]
         self.config = config
-        self.reader = RecordReader(config)
         if not self.files:
             raise DataError(
                 f"data.source.path {config.path} matches no file; give a .jsonl file or a glob such as corpus/*.jsonl."
             )
+        self.reader = RecordReader(config)
+
+    def read(self, cursor: Cursor | None = None) -> DocumentReader:
+        """See ``Source.read``. The newest reading's counts are in ``reader``."""
+        # Byte offset and number of the line before the next, the file uncompressed.
+        place = dict(cursor or {"file": 0, "offset": 0, "line": 0, "skipped": 0})
+        self.reader = reader = RecordReader(self.config, place["skipped"])
+        return DocumentReader(self._documents(place, reader), lambda: place | {"skipped": reader.skipped})
 
     def documents(self) -> Iterator[Document]:
-        for name, path in self.files:
+        """See ``Source.documents``."""
+        return self.read()
+
+    def _documents(self, place: Cursor, reader: RecordReader) -> Iterator[Document]:
+        """Documents from ``place`` on, which is kept at the next one."""
+        for number in range(place["file"], len(self.files)):
+            name, path = self.files[number]
+            place["file"] = number
             try:
                 with fsspec.open(str(path), "rb", compression=_compression(path)) as lines:
-                    for number, line in enumerate(lines, start=1):
+                    if place["offset"]:
+                        lines.seek(place["offset"])
+                    for line in lines:
+                        place["offset"] += len(line)
+                        place["line"] += 1
                         if line.strip():
-                            document = self._document(name, f"{path} line {number}", line)
+                            document = _document(reader, name, f"{path} line {place['line']}", line)
                             if document is not None:
                                 yield document
             # Each way of compressing raises its own for a file that is cut short or damaged.
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise DataError(
-                    f"{path} cannot be read ({error}); make it readable or leave it out of data.source.path."
+                    f"{path} cannot be read behind line {place['line']} ({error}); make it readable or leave it out of"
+                    " data.source.path."
                 ) from error
-
-    def _document(self, name: str, location: str, line: bytes) -> Document | None:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            self.reader.bad(
-                f"{location} is not valid JSON ({error}); every line must be one JSON object, so mend or"
-                " remove this line"
-            )
-            return None
-        return self.reader.document(name, location, record)
+            place |= {"file": number + 1, "offset": 0, "line": 0}
 
     def fingerprint(self) -> str:
         settings = self.config.model_dump_json(exclude={"path"})
         return fingerprint_files([(str(path), path) for _, path in self.files], "jsonl", settings)
+
+
+def _document(reader: RecordReader, name: str, location: str, line: bytes) -> Document | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        reader.bad(
+            f"{location} is not valid JSON ({error}); every line must be one JSON object, so mend or remove this line"
+        )
+        return None
+    return reader.document(name, location, record)
 
 
 def _compression(path: Path) -> str | None:

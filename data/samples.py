@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from data.batch import Batch, Rows, SampleFormat
 from data.mixture import MixtureOrder, Phase, phases_after_change
-from data.packing import Batch, PackedSamples, make_batch
+from data.packing import PackedSamples, SourceSamples
 
 
 class Samples(Protocol):
     """Samples that are computed from their indices alone."""
 
-    samples_per_epoch: int
-    token_byte_lengths: np.ndarray  # (vocabulary,) int64: the bytes that each id stands for
+    format: SampleFormat
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
@@ -23,25 +23,41 @@ class Samples(Protocol):
     def first_tokens(self, limit: int) -> np.ndarray:
         """(at most ``limit``,) int64: tokens of the documents in their stored order."""
 
+    def close(self) -> None:
+        """Ends what runs in the background."""
+
+
+class HeldOutSamples(Samples, Protocol):
+    """Samples of which there is a number; further indices are padding."""
+
+    samples_per_epoch: int
+
 
 class _SeveralSources:
     """Samples of which each comes from one of several sources, all of one tokenizer and one length."""
 
-    def __init__(self, sources: Mapping[str, PackedSamples]) -> None:
+    def __init__(self, sources: Mapping[str, SourceSamples]) -> None:
         self.sources = dict(sorted(sources.items()))
-        first = next(iter(self.sources.values()))
-        self.sequence_length, self.boundary_id = first.sequence_length, first.boundary_id
-        self.token_byte_lengths = first.token_byte_lengths
-        self.samples_per_epoch = sum(samples.samples_per_epoch for samples in self.sources.values())
+        self.format = next(iter(self.sources.values())).format
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        for samples in self.sources.values():
+            samples.close()
 
     def _batch(self, located: Sequence[tuple[str, int]]) -> Batch:
-        rows = np.empty((len(located), self.sequence_length + 1), dtype=np.int64)
-        valid = np.empty(len(located), dtype=np.int64)
+        rows = self.format.padding(len(located))
+        starts = None
         for name, samples in self.sources.items():
             places = [place for place, (source, _) in enumerate(located) if source == name]
-            if places:
-                rows[places], valid[places] = samples.rows([located[place][1] for place in places])
-        return make_batch(rows, valid, self.boundary_id, self.token_byte_lengths)
+            if not places:
+                continue
+            own = samples.rows([located[place][1] for place in places])
+            rows.tokens[places], rows.valid[places] = own.tokens, own.valid
+            if own.starts is not None:
+                starts = np.zeros(rows.tokens.shape, dtype=bool) if starts is None else starts
+                starts[places] = own.starts
+        return self.format.batch(Rows(rows.tokens, rows.valid, starts))
 
     def _first_tokens(self, limits: Mapping[str, int]) -> np.ndarray:
         return np.concatenate([samples.first_tokens(limits[name]) for name, samples in self.sources.items()])
@@ -50,7 +66,7 @@ class _SeveralSources:
 class MixtureSamples(_SeveralSources):
     """Training samples of a mixture; see ``data.mixture`` for the order."""
 
-    def __init__(self, sources: Mapping[str, PackedSamples], phases: Sequence[Phase], seed: int) -> None:
+    def __init__(self, sources: Mapping[str, SourceSamples], phases: Sequence[Phase], seed: int) -> None:
         super().__init__(sources)
         self.seed = seed
         self.order = MixtureOrder(phases, seed)
@@ -66,7 +82,13 @@ class MixtureSamples(_SeveralSources):
     def epochs(self, position: int) -> dict[str, float]:
         """How often each source was read through by the mixture's first ``position`` samples."""
         consumed = self.order.consumed(position)
-        return {name: consumed.get(name, 0) / samples.samples_per_epoch for name, samples in self.sources.items()}
+        return {name: samples.epochs(consumed.get(name, 0)) for name, samples in self.sources.items()}
+
+    def bookmarks(self, position: int) -> dict[str, dict[str, Any]]:
+        """The bookmark of each source that makes one, for the mixture's sample ``position``."""
+        consumed = self.order.consumed(position)
+        found = {name: samples.bookmark(consumed.get(name, 0)) for name, samples in self.sources.items()}
+        return {name: bookmark for name, bookmark in found.items() if bookmark is not None}
 
     def first_tokens(self, limit: int) -> np.ndarray:
         """(at most ``limit``,) int64: of each source its share by the first weights, one source behind the other."""
@@ -77,6 +99,10 @@ class MixtureSamples(_SeveralSources):
 
 class ConcatenatedSamples(_SeveralSources):
     """Held-out samples of several sources, one source behind the other; indices behind the last are padding."""
+
+    def __init__(self, sources: Mapping[str, PackedSamples]) -> None:
+        super().__init__(sources)
+        self.samples_per_epoch = sum(samples.samples_per_epoch for samples in sources.values())
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The samples of ``indices``. Raises ``IndexError`` for a negative index."""

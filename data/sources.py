@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from data.config import HuggingFaceSource, JsonlSource, SourceConfig, StandardLibrarySource, TextFilesSource
 from data.errors import DataError
@@ -33,8 +33,29 @@ class Document:
     content: bytes
 
 
+# A place among a source's documents, as JSON holds it; only the source knows what is in it.
+Cursor = dict[str, Any]
+
+
+class DocumentReader(Iterator[Document]):
+    """Documents of a source in its order, and where the next one is."""
+
+    def __init__(self, documents: Iterator[Document], cursor: Callable[[], Cursor]) -> None:
+        self._documents, self._cursor = documents, cursor
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def cursor(self) -> Cursor:
+        """Where the next document is, for ``Source.read``; only between two documents."""
+        return self._cursor()
+
+
 class Source(Protocol):
-    """What the preparation needs from a source."""
+    """What reads and prepares text needs from a source."""
+
+    def read(self, cursor: Cursor | None = None) -> DocumentReader:
+        """Documents in an order that never changes, from ``cursor`` on; None: from the first."""
 
     def documents(self) -> Iterator[Document]:
         """All documents, always in the same order."""
@@ -80,8 +101,19 @@ class FileDocuments:
         self.files = files
         self.separator = separator
 
+    def read(self, cursor: Cursor | None = None) -> DocumentReader:
+        """See ``Source.read``."""
+        place = dict(cursor or {"file": 0, "part": 0})
+        return DocumentReader(self._documents(place), lambda: dict(place))
+
     def documents(self) -> Iterator[Document]:
-        for name, path in self.files:
+        """See ``Source.documents``."""
+        return self.read()
+
+    def _documents(self, place: Cursor) -> Iterator[Document]:
+        """Documents from ``place`` on, which is kept at the next one."""
+        for number in range(place["file"], len(self.files)):
+            name, path = self.files[number]
             try:
                 content = path.read_bytes()
             except OSError as error:
@@ -89,11 +121,15 @@ class FileDocuments:
                     f"{path} cannot be read ({error.strerror}); make it readable or leave it out."
                 ) from error
             if self.separator is None:
+                place["file"] = number + 1
                 yield Document(name, str(path), content)
                 continue
-            for number, part in enumerate(content.split(self.separator)):
-                identity = f"{name}\0{hashlib.sha256(part).hexdigest()}"
-                yield Document(identity, f"{path} part {number}", part)
+            parts = content.split(self.separator)
+            for part in range(place["part"], len(parts)):
+                place |= {"file": number, "part": part + 1}
+                identity = f"{name}\0{hashlib.sha256(parts[part]).hexdigest()}"
+                yield Document(identity, f"{path} part {part}", parts[part])
+            place |= {"file": number + 1, "part": 0}
 
     def fingerprint(self) -> str:
         return fingerprint_files(self.files, "files", (self.separator or b"").hex())

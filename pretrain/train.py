@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+from data.errors import DataError
 from pretrain.config.schema import Config
 from pretrain.errors import TrainingError
 from pretrain.parallel.agreement import any_rank
@@ -33,7 +34,8 @@ def train(config: Config, resume: str = "auto") -> Outcome:
     """Trains until ``train.steps`` or a signal; saves at the end either way.
 
     Raises:
-        InputError, DataError: what was given does not fit together.
+        InputError, DataError: what was given does not fit together, or the data could not be read on; then the
+            steps so far are saved.
         TrainingError: too many steps in a row had no finite gradient, or a checkpoint could not be written.
     """
     trainer = Trainer(config, resume)
@@ -42,7 +44,13 @@ def train(config: Config, resume: str = "auto") -> Outcome:
         if position.step >= settings.steps:
             observer.message(f"nothing to do: the run has all of its {settings.steps} steps")
         while position.step < settings.steps:
-            trainer.train_step()
+            try:
+                micro_batches = trainer.read_step()
+            except DataError:
+                # The data may be mended, and what was computed so far must not be lost.
+                trainer.save_what_is_new()
+                raise
+            trainer.train_step(micro_batches)
             stopping = any_rank(stop.received is not None, trainer.topology.device)
             diverged = position.skipped_in_a_row >= settings.max_skipped_steps
             if _is_due(settings.evaluate_every, position.step, settings.steps) and not (stopping or diverged):

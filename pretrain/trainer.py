@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Data, open_data
+from data.batch import Batch
+from data.dataset import Data, SplitSummary, open_data
 from data.mixture import Phase
 from data.order import rank_share
+from data.read_ahead import ReadAhead
 from data.samples import MixtureSamples
 from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
@@ -29,7 +31,7 @@ from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.optimizer.learning_rate import learning_rate
-from pretrain.parallel.agreement import combine_ranks, on_every_rank, on_main_rank
+from pretrain.parallel.agreement import combine_ranks, on_every_rank, on_main_rank, together
 from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
@@ -53,6 +55,7 @@ class Trainer:
         # Before the processes join: preparing data may take longer than a collective waits. Where there is a cache
         # one process fills it and the others wait for its lock.
         self.data: Data = self._open_data()
+        self.reader: ReadAhead[list[Batch]] = ReadAhead(self._read_batch)
         self.topology: Topology = build_topology(config)
         self.run = RunDirectory(Path(config.run.directory))
         try:
@@ -70,6 +73,7 @@ class Trainer:
         if start_from is None:
             initialise_weights(model, config.train.seed)
             self.position, self.resumed_from = TrainingPosition(), None
+            self.saved_step = 0
             self.engine: Engine = build_engine(model, config, self.topology)
         else:
             with CheckpointReader(start_from) as reader:
@@ -124,7 +128,8 @@ class Trainer:
         if isinstance(self.data.train, MixtureSamples):
             recorded = [Phase(**phase) for phase in reader.state["mixture_phases"]]
             self.data.train.go_on(recorded, self.position.samples)
-        self.resumed_from = self.position.step
+        self.data.go_on(reader.state.get("bookmarks", {}))
+        self.resumed_from = self.saved_step = self.position.step
         on_every_rank(lambda: read_weights(model, reader))
         restore_random_state(reader)
         self.engine = build_engine(model, self.config, self.topology)
@@ -135,10 +140,7 @@ class Trainer:
         summary, steps = self.data.summary, self.config.train.steps
         for key, (before, now) in changed.items():
             self.observer.message(f"changed since the run began: {key} {before} -> {now}")
-        self.observer.message(
-            f"{summary.train.counts.tokens:,} training tokens in {summary.train.counts.documents:,} documents, "
-            f"{summary.held_out.counts.tokens:,} held out"
-        )
+        self.observer.message(f"{_described(summary.train)}, {summary.held_out.counts.tokens:,} held out")
         if isinstance(self.data.train, MixtureSamples):
             self.observer.message(f"mixture: {self._epochs_of_sources()}")
         if start_from is not None:
@@ -147,22 +149,45 @@ class Trainer:
     def _epochs_of_sources(self) -> str:
         """For each source of the mixture, how often it will have been read through at the end of the run."""
         end = self.config.train.steps * self.config.train.global_batch_size
-        epochs = self.data.train.epochs(end)
-        return ", ".join(f"{name} {count:.2f} epochs" for name, count in epochs.items()) + " by the end of the run"
+        consumed = self.data.train.order.consumed(end)
+        parts = []
+        for name, samples in self.data.train.sources.items():
+            if samples.samples_per_epoch is None:
+                parts.append(f"{name} {consumed.get(name, 0):,} samples, streamed")
+            else:
+                parts.append(f"{name} {samples.epochs(consumed.get(name, 0)):.2f} epochs")
+        return ", ".join(parts) + " by the end of the run"
 
     def close(self) -> None:
-        """Lets another job have the run directory."""
+        """Ends what reads in the background, and lets another job have the run directory."""
+        self.reader.close()
+        self.data.close()
         self.run.release()
 
-    def train_step(self) -> None:
-        """Reads the next global batch, updates the weights, and moves the position on."""
-        config, topology, position = self.config, self.topology, self.position
+    def _read_batch(self, first: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch that begins with sample ``first``."""
+        train, topology = self.config.train, self.topology
+        indices = range(first, first + train.global_batch_size)
+        shares = rank_share(indices, train.micro_batch_size, topology.data_rank, topology.data_size)
+        length = self.config.data.length_at(first * self.config.data.sequence_length)
+        return [self.data.train.batch(share).cut(length) for share in shares]
+
+    def read_step(self) -> list[Batch]:
+        """The next step's micro-batches; those of the step after it are read meanwhile.
+
+        Raises:
+            DataError: on every rank, where one of them could not read its part; the position stays where it is.
+        """
+        position, train = self.position, self.config.train
         self.observer.start_step()
+        following = position.samples + train.global_batch_size if position.step + 1 < train.steps else None
+        return together(lambda: self.reader.take(position.samples, following), self.topology.device)
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """Updates the weights with what :meth:`read_step` has read, and moves the position on."""
+        config, topology, position = self.config, self.topology, self.position
         # What an evaluation left behind.
         self.engine.decoder.take_metrics()
-        indices = range(position.samples, position.samples + config.train.global_batch_size)
-        shares = rank_share(indices, config.train.micro_batch_size, topology.data_rank, topology.data_size)
-        micro_batches = [self.data.train.batch(share) for share in shares]
         with self.engine.accumulate():
             loss: BatchLoss = run_schedule(
                 self.engine.model, self.engine.decoder, micro_batches, topology.device, train=True
@@ -173,14 +198,16 @@ class Trainer:
             # Or the clock stops before the update and ZeRO's gathering of the weights.
             torch.cuda.synchronize()
 
-        tokens = len(indices) * config.data.sequence_length
+        samples = config.train.global_batch_size
+        tokens = samples * config.data.sequence_length
         position.step += 1
-        position.samples += len(indices)
+        position.samples += samples
         position.tokens += tokens
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
         further = self._mixer_metrics() | self._source_metrics()
-        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, further)
+        length = micro_batches[0].tokens.shape[1]
+        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, length, further)
         if not result.applied:
             self.observer.message(
                 f"step {position.step}: the gradient is not finite; the step was skipped "
@@ -214,7 +241,10 @@ class Trainer:
 
     def _data_state(self) -> dict[str, object]:
         """What a later start needs to go on with this data."""
-        state: dict[str, object] = {"data_fingerprint": self.data.fingerprint}
+        state: dict[str, object] = {
+            "data_fingerprint": self.data.fingerprint,
+            "bookmarks": self.data.bookmarks(self.position.samples),
+        }
         if isinstance(self.data.train, MixtureSamples):
             state["source_fingerprints"] = self.data.source_fingerprints
             state["mixture_phases"] = [asdict(phase) for phase in self.data.train.order.phases]
@@ -232,6 +262,18 @@ class Trainer:
             self._data_state(),
             self.resumed_from,
         )
+        self.saved_step = self.position.step
         train = self.config.train
         on_main_rank(lambda: prune_checkpoints(self.run.checkpoints, train.keep_last, train.keep_every) and None)
         self.observer.message(f"saved {path}")
+
+    def save_what_is_new(self) -> None:
+        """Writes a checkpoint unless the newest one holds every step already."""
+        if self.position.step > self.saved_step:
+            self.save()
+
+
+def _described(split: SplitSummary) -> str:
+    if split.counts is None:
+        return "training tokens are streamed"
+    return f"{split.counts.tokens:,} training tokens in {split.counts.documents:,} documents"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.packing import Batch
+from data.batch import Batch
 from pretrain.config import Config, parse_config
 from pretrain.convert.xlstm import config_fields, tensor_names
 from pretrain.models.decoder import Decoder

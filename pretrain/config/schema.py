@@ -201,11 +201,14 @@ def _layout_problem(config: Config) -> str | None:
             f"model.vocab_size={model.vocab_size} is not divisible by parallel.tensor={parallel.tensor}; pad it "
             f"to a multiple, for instance {-(-model.vocab_size // (parallel.tensor * 8)) * parallel.tensor * 8}"
         )
-    if parallel.sequence and config.data.sequence_length % parallel.tensor:
-        return (
-            f"data.sequence_length={config.data.sequence_length} is not divisible by "
-            f"parallel.tensor={parallel.tensor}, which parallel.sequence=true needs"
-        )
+    lengths = [("data.sequence_length", config.data.sequence_length)]
+    lengths += [("data.curriculum: sequence_length", phase.sequence_length) for phase in config.data.curriculum]
+    for key, length in lengths:
+        if parallel.sequence and length is not None and length % parallel.tensor:
+            return (
+                f"{key}={length} is not divisible by parallel.tensor={parallel.tensor}, which parallel.sequence=true "
+                f"needs"
+            )
     for name in sorted(set(model.layers)):
         for part in ("mixer", "channel"):
             section = getattr(model.blocks[name], part)

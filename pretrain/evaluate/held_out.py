@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from data.order import rank_share
-from data.samples import Samples
+from data.samples import HeldOutSamples
 from pretrain.models.decoder import Decoder
 from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology
 
 
-def held_out_indices(samples: Samples, count: int) -> list[int]:
+def held_out_indices(samples: HeldOutSamples, count: int) -> list[int]:
     """At most ``count`` samples, spread evenly over the split, the same at every evaluation."""
     total = samples.samples_per_epoch
     count = min(count, total)
@@ -23,7 +23,7 @@ def held_out_indices(samples: Samples, count: int) -> list[int]:
 def evaluate_held_out(
     model: nn.Module,
     decoder: Decoder,
-    samples: Samples,
+    samples: HeldOutSamples,
     count: int,
     micro_batch_size: int,
     topology: Topology,

@@ -25,7 +25,7 @@ class Observer:
 
     def __init__(self, config: Config, run: RunDirectory, start_step: int, is_main: bool):
         self.config, self.run, self.first_step, self.is_main = config, run, start_step, is_main
-        self.flops_per_token = model_flops_per_token(config)
+        self._flops_per_token: dict[int, float] = {}
         self.pending: dict[str, object] = {}
         self._began = 0.0
 
@@ -74,6 +74,7 @@ class Observer:
         learning_rate: float,
         tokens: int,
         total_tokens: int,
+        sequence_length: int,
         further: Mapping[str, float],
     ) -> None:
         """Takes the figures of one step.
@@ -81,6 +82,7 @@ class Observer:
         Args:
             tokens: how many the step read.
             total_tokens: how many all steps so far read.
+            sequence_length: of the rows that they were read in.
             further: what the model's mixers and the data report, over all layers and ranks.
         """
         if not self.is_main:
@@ -94,11 +96,20 @@ class Observer:
             "learning_rate": learning_rate,
             "tokens": total_tokens,
             "tokens_per_second": rate,
-            "tflops_per_second": rate * self.flops_per_token / 1e12,
+            "tflops_per_second": rate * self._model_flops(sequence_length) / 1e12,
             "skipped": not result.applied,
             **further,
         }
         self.progress.update(step, self.pending)
+
+    def _model_flops(self, sequence_length: int) -> float:
+        """Useful FLOPs of a token in rows of this length."""
+        if sequence_length not in self._flops_per_token:
+            data = self.config.data.model_copy(update={"sequence_length": sequence_length})
+            self._flops_per_token[sequence_length] = model_flops_per_token(
+                self.config.model_copy(update={"data": data})
+            )
+        return self._flops_per_token[sequence_length]
 
     def evaluated(self, step: int, loss: BatchLoss) -> None:
         """Adds an evaluation to the figures of the step that it followed."""

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from data.packing import Batch
+from data.batch import Batch
 from pretrain.models.decoder import Decoder
 from pretrain.parallel.no_cuda import cuda_tensors_on_cpu
 

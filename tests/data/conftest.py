@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.batch import SampleFormat
 from data.documents import SplitCounts, TokenizedDocuments
 from data.packing import PackedSamples
 
@@ -48,7 +49,8 @@ def byte_samples(contents: list[bytes], sequence_length: int, seed: int = 0, shu
     """Packed samples over ``contents`` with the bytes tokenizer's ids."""
     lengths = np.ones(257, dtype=np.int64)
     lengths[MARK] = 0
-    return PackedSamples(byte_documents(contents), sequence_length, MARK, lengths, seed, shuffled)
+    format = SampleFormat(sequence_length, MARK, lengths)
+    return PackedSamples(byte_documents(contents), format, seed, shuffled)
 
 
 def random_contents(rng: np.random.Generator, count: int, longest: int) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,6 +81,6 @@ def test_uniform_text_takes_eight_bits(make_byte_samples, make_random_contents) 
 
 def test_a_large_vocabulary_is_refused(splits: tuple[PackedSamples, PackedSamples]) -> None:
     train, held_out = splits
-    train.token_byte_lengths = np.ones(50_000, dtype=np.int64)
+    train.format = replace(train.format, token_byte_lengths=np.ones(50_000, dtype=np.int64))
     with pytest.raises(DataError, match="up to 4096.*50000 ids.*bytes tokenizer"):
         bigram_bits_per_byte(train, held_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,27 @@ def test_a_damaged_local_file_is_not_asked_again(files, monkeypatch: pytest.Monk
 
 
 class Flaky:
-    """A dataset whose rows fail at given reads."""
+    """A dataset whose rows fail at given reads; its rows are their own iterator without a state."""
+
+    class Rows(Iterator):
+        def __init__(self, rows: Iterator[Any]) -> None:
+            self._rows = rows
+
+        def __next__(self) -> Any:
+            return next(self._rows)
+
+        def state(self) -> None:
+            return None
 
     def __init__(self, failures: list[int], error: Exception) -> None:
         self.failures, self.error, self.openings = list(failures), error, []
 
-    def rows(self, first: int) -> Any:
+    def open(self, first: int, state: None) -> Flaky.Rows:
+        assert state is None
         self.openings.append(first)
+        return self.Rows(self.rows(first))
+
+    def rows(self, first: int) -> Iterator[Any]:
         for row in range(first, len(ROWS)):
             if self.failures and self.failures[0] == row:
                 self.failures.pop(0)
@@ -150,7 +165,7 @@ def test_a_network_that_fails_is_asked_again_from_where_it_failed(monkeypatch: p
     monkeypatch.setattr(data.hub.time, "sleep", waited.append)
     opened = source(path="someone/corpus")
     flaky = Flaky([4, 4, 17], ConnectionError("gone"))
-    monkeypatch.setattr(HubDocuments, "_rows", lambda self, first: flaky.rows(first))
+    monkeypatch.setattr(HubDocuments, "_rows", lambda self, first, state: flaky.open(first, state))
     assert contents(opened) == [row["text"] for row in ROWS]
     # After a success the waiting begins anew.
     assert (waited, flaky.openings) == ([1, 4, 1], [0, 4, 4, 17])
@@ -159,7 +174,7 @@ def test_a_network_that_fails_is_asked_again_from_where_it_failed(monkeypatch: p
 def test_a_network_that_stays_away_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.hub.time, "sleep", lambda _: None)
     flaky = Flaky([7] * 9, ConnectionError("gone"))
-    monkeypatch.setattr(HubDocuments, "_rows", lambda self, first: flaky.rows(first))
+    monkeypatch.setattr(HubDocuments, "_rows", lambda self, first, state: flaky.open(first, state))
     with pytest.raises(DataError, match=r"dataset someone/corpus cannot be read at row 7 \(ConnectionError: gone\)"):
         contents(source(path="someone/corpus"))
     assert len(flaky.openings) == 1 + len(data.hub.RETRY_SECONDS)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from data.baseline import bigram_bits_per_byte
+from data.batch import IGNORED_LABEL
 from data.config import DataConfig
 from data.dataset import Data, open_data
 from data.errors import DataError
 from data.mixture import Phase
-from data.packing import IGNORED_LABEL
 
 LENGTH = 16
 

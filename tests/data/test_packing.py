@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.batch import IGNORED_LABEL
 from data.errors import DataError
 from data.order import permutation, rank_share
-from data.packing import IGNORED_LABEL, PackedSamples
+from data.packing import PackedSamples
 
 MARK = 256
 

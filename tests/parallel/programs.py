@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.batch import IGNORED_LABEL, Batch
 from data.order import rank_share
-from data.packing import IGNORED_LABEL, Batch
 from pretrain.config.schema import Config
 from pretrain.models.decoder import Decoder
 from pretrain.models.parameters import initialise_weights

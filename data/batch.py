@@ -1,0 +1,130 @@
+"""What the model reads: rows of tokens, what each predicts, and where documents begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from data.tokenizers.base import Tokenizer
+
+# The label where nothing is to be predicted; torch's cross entropy ignores it by default.
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as the model reads them. B rows, S = sequence length."""
+
+    tokens: torch.Tensor  # (B, S) int64
+    labels: torch.Tensor  # (B, S) int64: the next token, or IGNORED_LABEL where nothing counts
+    document_starts: torch.Tensor  # (B, S) bool: the model's state restarts before this token
+    label_bytes: int  # raw bytes that the labels stand for; boundary marks stand for none
+    label_count: int  # labels that are not ignored, boundary marks included
+
+    @property
+    def segment_ids(self) -> torch.Tensor:
+        """(B, S) int64: the number, within its row, of the document that each token belongs to, from 0."""
+        return self.document_starts.cumsum(dim=1) - 1
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B, S) int64: how many tokens of its document stand before each token in this row."""
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
+        return place - place.where(self.document_starts, 0).cummax(dim=1).values
+
+    def cut(self, length: int) -> Batch:
+        """The same tokens in rows of ``length`` tokens, which must divide S: (B * S / length, length).
+
+        The state restarts at each row, and labels stay what they were, so no prediction is lost.
+        """
+        if length == self.tokens.shape[1]:
+            return self
+        starts = self.document_starts.reshape(-1, length).clone()
+        starts[:, 0] = True
+        return replace(
+            self,
+            tokens=self.tokens.reshape(-1, length),
+            labels=self.labels.reshape(-1, length),
+            document_starts=starts,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            document_starts=self.document_starts.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples before they are a batch: S inputs and the last label, so S + 1 tokens."""
+
+    tokens: np.ndarray  # (B, S + 1) int64, filled up with the boundary mark
+    valid: np.ndarray  # (B,) int64: so many predictions from the front count
+    # (B, S + 1) bool: further places where the state restarts, although no mark stands there; None: there are none.
+    starts: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """How long samples are, and what their ids mean.
+
+    Attributes:
+        sequence_length: S, tokens of a sample that the model reads.
+        boundary_id: the mark in front of each document.
+        token_byte_lengths: (vocabulary,) int64, the raw bytes that each id stands for.
+        predict_document_ends: whether a document's last token predicts the mark behind it.
+    """
+
+    sequence_length: int
+    boundary_id: int
+    token_byte_lengths: np.ndarray
+    predict_document_ends: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, sequence_length: int, predict_document_ends: bool = True) -> SampleFormat:
+        """The format of samples of ``tokenizer``'s ids."""
+        lengths = tokenizer.token_byte_lengths()
+        return cls(sequence_length, tokenizer.boundary_id, lengths, predict_document_ends)
+
+    def padding(self, count: int) -> Rows:
+        """``count`` rows that predict nothing."""
+        shape = (count, self.sequence_length + 1)
+        return Rows(np.full(shape, self.boundary_id, dtype=np.int64), np.zeros(count, dtype=np.int64))
+
+    def document_starts(self, rows: Rows) -> np.ndarray:
+        """(B, S + 1) bool: at every mark, and at the first token, since nothing is carried between samples."""
+        starts = rows.tokens == self.boundary_id
+        if rows.starts is not None:
+            starts |= rows.starts
+        starts[:, 0] = True
+        return starts
+
+    def batch(self, rows: Rows) -> Batch:
+        """The batch of ``rows``."""
+        starts = self.document_starts(rows)
+        labels = rows.tokens[:, 1:].copy()
+        if rows.starts is not None:
+            # The document before a piece of another one ends here, whatever token that piece begins with.
+            labels[rows.starts[:, 1:]] = self.boundary_id
+        label_bytes = int(self.token_byte_lengths[labels].sum())
+        label_count = int(rows.valid.sum())
+        if label_count < labels.size:
+            # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.
+            labels[np.arange(labels.shape[1]) >= rows.valid[:, None]] = IGNORED_LABEL
+        if not self.predict_document_ends:
+            ends = labels == self.boundary_id
+            label_count -= int(ends.sum())
+            labels[ends] = IGNORED_LABEL
+        return Batch(
+            tokens=torch.from_numpy(rows.tokens[:, :-1].copy()),
+            labels=torch.from_numpy(labels),
+            document_starts=torch.from_numpy(starts[:, :-1].copy()),
+            label_bytes=label_bytes,
+            label_count=label_count,
+        )

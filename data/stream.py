@@ -1,0 +1,219 @@
+"""Samples of a source that is tokenized while the run reads it.
+
+Sample i is a function of the source, the seed and i, as for a source that is prepared; but to find it, everything
+before it has to be tokenized, so the samples are read in order. A bookmark, which says where the block of a sample
+begins, spares another process that work: a checkpoint holds one beside the count of samples.
+
+The stream never ends: the last documents of one epoch and the first of the next may share a sample, and nothing is
+left out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from data.batch import Rows, SampleFormat
+from data.best_fit import Packing, with_starts
+from data.blocks import BackgroundBlocks, Block, BlockReader, BlockStart
+from data.documents import SplitCounts, TokenizedDocuments
+from data.errors import DataError
+from data.order import BLOCK_SAMPLES, permutation
+from data.packing import SourceSamples
+from data.prepare import held_out
+from data.sources import Source
+from data.tokenizers import Tokenizer
+
+# So many places in the stream are remembered; an older one is looked for from the source's beginning.
+_KNOWN_BLOCKS = 2048
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A block of the stream, and which part of the stream it is.
+
+    The stream is counted in tokens where documents are concatenated, and in samples where they are packed whole.
+    """
+
+    block: Block
+    begin: int
+    end: int
+    packing: Packing | None = None
+    order: np.ndarray | None = None  # (samples,) of a block that is packed
+
+    def pieces(self, sample: int) -> np.ndarray:
+        """Pieces of a sample of the stream; the block's documents are in random order already."""
+        return self.packing.pieces(self.packing.by_length_as_stored, int(self.order[sample - self.begin]))
+
+
+class StreamedSamples(SourceSamples):
+    """Training samples of a stream; ``rows`` is meant to be called for indices that rise."""
+
+    samples_per_epoch = None
+
+    def __init__(
+        self, reader: BlockReader, format: SampleFormat, packing: Literal["concatenate", "best_fit"], background: bool
+    ) -> None:
+        """``background``: whether a thread reads ahead."""
+        self.reader, self.format = reader, format
+        self._is_packed, self._background = packing == "best_fit", background
+        # Where each block begins, in the stream and in the source, from the one on that was opened first.
+        self._begins, self._starts = [0], [BlockStart(0, 0, None)]
+        self._placed: deque[_Placed] = deque()  # blocks at hand, one behind the other
+        self._next_begin = 0
+        self._blocks: Iterator[Callable[[], Block]] | None = None
+        self._lock = threading.Lock()
+
+    def rows(self, indices: list[int]) -> Rows:
+        rows = self.format.padding(len(indices))
+        if self._is_packed:
+            rows = with_starts(rows)
+        write = self._write_packed if self._is_packed else self._write_concatenated
+        with self._lock:
+            for row, index in enumerate(indices):
+                if index < 0:
+                    raise IndexError(f"sample {index}: samples are counted from 0")
+                begin, end = self._span(index)
+                if self._blocks is None or begin < (self._placed[0].begin if self._placed else self._next_begin):
+                    self._open_before(begin)
+                while self._next_begin < end:
+                    self._read_block()
+                    while self._placed and self._placed[0].end <= begin:
+                        self._placed.popleft()
+                write(rows, row, begin, end)
+        return rows
+
+    def first_tokens(self, limit: int) -> np.ndarray:
+        """(at most ``limit``,) int64: training tokens from the source's first document on, once through."""
+        pieces, found = [], 0
+        for started in self.reader.blocks(BlockStart(0, 0, None)):
+            block = started()
+            if block.start.epoch or found >= limit:
+                break
+            pieces.append(block.tokens[: limit - found].astype(np.int64))
+            found += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def epochs(self, position: int) -> float:
+        """How many times the source was read through whole by the first ``position`` samples."""
+        with self._lock:
+            return float(self._starts[self._place_before(self._span(position)[0])].epoch)
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        with self._lock:
+            place = self._place_before(self._span(position)[0])
+            return asdict(self._starts[place]) | {"begin": self._begins[place]}
+
+    def go_on(self, bookmark: dict[str, Any]) -> None:
+        with self._lock:
+            self._close_blocks()
+            self._begins = [bookmark["begin"]]
+            self._starts = [BlockStart(bookmark["epoch"], bookmark["number"], bookmark["cursor"])]
+
+    def close(self) -> None:
+        with self._lock:
+            self._close_blocks()
+        self.reader.encoder.close()
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """The part of the stream that a sample reads."""
+        length = self.format.sequence_length
+        return (index, index + 1) if self._is_packed else (index * length, (index + 1) * length + 1)
+
+    def _place_before(self, begin: int) -> int:
+        """The last block known to begin at ``begin`` or before."""
+        return max(bisect.bisect_right(self._begins, begin) - 1, 0)
+
+    def _open_before(self, begin: int) -> None:
+        """Reads on from the block of ``begin``, or from the source's beginning where nobody knows that block."""
+        self._close_blocks()
+        if begin < self._begins[0]:
+            self._begins, self._starts = [0], [BlockStart(0, 0, None)]
+        place = self._place_before(begin)
+        del self._begins[place + 1 :], self._starts[place + 1 :]
+        self._next_begin = self._begins[place]
+        blocks = self.reader.blocks(self._starts[place])
+        self._blocks = BackgroundBlocks(blocks) if self._background else blocks
+
+    def _close_blocks(self) -> None:
+        if isinstance(self._blocks, BackgroundBlocks):
+            self._blocks.close()
+        self._blocks = None
+        self._placed.clear()
+
+    def _read_block(self) -> None:
+        assert self._blocks is not None
+        block = next(self._blocks)()
+        begin = self._next_begin
+        if begin > self._begins[-1]:
+            self._begins.append(begin)
+            self._starts.append(block.start)
+            # The oldest are not forgotten one by one: that would move the whole list each time.
+            if len(self._begins) > 2 * _KNOWN_BLOCKS:
+                del self._begins[:_KNOWN_BLOCKS], self._starts[:_KNOWN_BLOCKS]
+        if not len(block.tokens):
+            if block.start.epoch > self._starts[-1].epoch + 1:
+                raise DataError("the tokenizer makes no token of any document of data.source; give other text.")
+            return
+        packing = order = None
+        size = len(block.tokens)
+        if self._is_packed:
+            packing = Packing(block.lengths, self.format.sequence_length + 1)
+            size = packing.samples
+            order = permutation(size, self.reader.seed, block.start.epoch, BLOCK_SAMPLES, block.start.number)
+        self._placed.append(_Placed(block, begin, begin + size, packing, order))
+        self._next_begin = begin + size
+
+    def _write_concatenated(self, rows: Rows, row: int, begin: int, end: int) -> None:
+        for placed in self._placed:
+            first, last = max(begin, placed.begin), min(end, placed.end)
+            if first < last:
+                part = placed.block.tokens[first - placed.begin : last - placed.begin]
+                rows.tokens[row, first - begin : last - begin] = part
+        rows.valid[row] = end - begin - 1
+
+    def _write_packed(self, rows: Rows, row: int, begin: int, end: int) -> None:
+        placed = next(placed for placed in self._placed if placed.begin <= begin < placed.end)
+        placed.packing.read(placed.block, placed.pieces(begin), rows, row)
+
+
+def first_held_out(source: Source, tokenizer: Tokenizer, fraction: float, tokens: int) -> TokenizedDocuments:
+    """The first held-out documents of a source, so many that they make ``tokens`` tokens, or all there are.
+
+    Raises ``DataError`` where there is none.
+    """
+    documents: list[np.ndarray] = []
+    found = raw_bytes = empty = 0
+    for document in source.documents():
+        if held_out(document.identity, fraction):
+            ids = tokenizer.encode(document.content)
+            empty += not len(ids)
+            if len(ids):
+                documents += [np.array([tokenizer.boundary_id]), ids]
+                found += 1 + len(ids)
+                raw_bytes += len(document.content)
+            if found >= tokens:
+                break
+    if not documents:
+        raise DataError(
+            f"no document of data.source falls into the held-out split at data.held_out_fraction {fraction}; raise the"
+            " fraction or give more documents."
+        )
+    stored = np.concatenate(documents).astype(np.uint32)
+    offsets = np.cumsum([0, *(1 + len(ids) for ids in documents[1::2])])
+    counts = SplitCounts(
+        documents=len(documents) // 2,
+        tokens=len(stored),
+        bytes=raw_bytes,
+        empty_documents=empty,
+        invalid_utf8_documents=0,
+        sha256=hashlib.sha256(stored).hexdigest(),
+    )
+    return TokenizedDocuments(stored, offsets, counts)
