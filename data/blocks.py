@@ -121,7 +121,7 @@ class BackgroundBlocks:
     """The same blocks, read ahead by a thread."""
 
     def __init__(self, blocks: Iterator[Callable[[], Block]]) -> None:
-        self._ready: queue.Queue[Callable[[], Block] | BaseException] = queue.Queue(BLOCKS_AHEAD)
+        self._ready: queue.Queue[Callable[[], Block] | Exception] = queue.Queue(BLOCKS_AHEAD)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(blocks,), name="reads documents", daemon=True)
         self._thread.start()
@@ -131,8 +131,7 @@ class BackgroundBlocks:
 
     def __next__(self) -> Callable[[], Block]:
         found = self._ready.get()
-        if isinstance(found, BaseException):
-            self._ready.put(found)  # whoever asks again is told the same
+        if isinstance(found, Exception):
             raise found
         return found
 

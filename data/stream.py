@@ -150,7 +150,12 @@ class StreamedSamples(SourceSamples):
 
     def _read_block(self) -> None:
         assert self._blocks is not None
-        block = next(self._blocks)()
+        try:
+            block = next(self._blocks)()
+        except Exception:
+            # Whoever asks again is to find the reading begun anew, not at an end that looks like the source's.
+            self._close_blocks()
+            raise
         begin = self._next_begin
         if begin > self._begins[-1]:
             self._begins.append(begin)
