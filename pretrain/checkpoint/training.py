@@ -15,7 +15,7 @@ from pretrain.checkpoint.shards import TensorPiece
 from pretrain.checkpoint.writer import write_checkpoint
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
-from pretrain.models.parameters import full_shape
+from pretrain.models.parameters import full_shape, own_slice, padded_to
 from pretrain.parallel.engine import MOMENTS, Engine
 from pretrain.parallel.topology import Topology
 
@@ -58,13 +58,19 @@ def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
             tensor = engine.read_state(name, kind)
             if tensor is None or not writes:
                 continue
+            tensor, offset = tensor.detach().reshape(shape), 0
+            if sharded is not None:
+                offset, length = own_slice(parameter.spec, shape)
+                if length == 0:
+                    continue
+                tensor = tensor.narrow(sharded, 0, length)
             yield TensorPiece(
                 name=name,
                 kind=kind,
-                tensor=tensor.detach().reshape(shape),
+                tensor=tensor,
                 full_shape=full_shape(parameter, shape),
                 dimension=sharded,
-                offset=0 if sharded is None else topology.tensor_rank * shape[sharded],
+                offset=offset,
             )
 
 
@@ -121,7 +127,7 @@ def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str
             if dimension is None:
                 moments[kind] = reader.read(name, kind)
             else:
-                length = shape[dimension]
-                offset = length * engine.tensor_rank
-                moments[kind] = reader.read(name, kind, dimension=dimension, offset=offset, length=length)
+                offset, length = own_slice(parameter.spec, shape)
+                part = reader.read(name, kind, dimension=dimension, offset=offset, length=length)
+                moments[kind] = padded_to(part, parameter.spec, shape)
         yield name, moments

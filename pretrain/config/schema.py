@@ -29,7 +29,11 @@ class BlockConfig(StrictModel):
 class ModelConfig(StrictModel):
     """A decoder: embedding, blocks, norm, head."""
 
-    vocab_size: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's vocabulary")
+    vocab_size: int = Field(
+        ge=2,
+        description="rows of the embedding; at least the tokenizer's vocabulary. Where it does not divide over "
+        "tensor-parallel ranks, they pad it by themselves",
+    )
     hidden_size: int = Field(ge=1, description="width of the residual stream")
     num_layers: int = Field(ge=1, description="number of blocks")
     layers: list[str] = Field(
@@ -195,11 +199,6 @@ def _layout_problem(config: Config) -> str | None:
         return (
             f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}; "
             f"every stage holds the same number of layers"
-        )
-    if model.vocab_size % parallel.tensor:
-        return (
-            f"model.vocab_size={model.vocab_size} is not divisible by parallel.tensor={parallel.tensor}; pad it "
-            f"to a multiple, for instance {-(-model.vocab_size // (parallel.tensor * 8)) * parallel.tensor * 8}"
         )
     lengths = [("data.sequence_length", config.data.sequence_length)]
     lengths += [("data.curriculum: sequence_length", phase.sequence_length) for phase in config.data.curriculum]

@@ -14,7 +14,7 @@ from pretrain.config.schema import BlockConfig, ModelConfig
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
 from pretrain.models.mixer import Documents, LayerContext, MeasuredModule, State
 from pretrain.models.norm import NORMS
-from pretrain.models.parameters import ParameterSpec, declare, small_normal
+from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
 from pretrain.models.registry import family_of
 
 IGNORED_LABEL = -100
@@ -73,12 +73,14 @@ class Decoder(nn.Module):
         self.input_tensor: Tensor | None = None
         self.compute_dtype = megatron.pipeline_dtype
 
+        # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
+        vocabulary = padded_size(model.vocab_size)
         per_stage = model.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
         first = per_stage * parallel_state.get_pipeline_model_parallel_rank()
         # A head that is tied to the embedding needs it on its own stage too.
         if self.is_first_stage or (self.is_last_stage and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
-                model.vocab_size,
+                vocabulary,
                 model.hidden_size,
                 init_method=no_initialisation,
                 reduce_scatter_embeddings=megatron.sequence_parallel,
@@ -87,6 +89,7 @@ class Decoder(nn.Module):
             spec = ParameterSpec(
                 small_normal(model.hidden_size),
                 shard_dimension=0,
+                split_size=model.vocab_size,
                 weight_decay=False,
                 pipeline_copy=not self.is_first_stage,
             )
@@ -99,10 +102,10 @@ class Decoder(nn.Module):
             norm = NORMS[model.norm]
             self.output_norm = norm(model.hidden_size, model.norm_epsilon, megatron.sequence_parallel)
         if self.is_last_stage and model.tie_embeddings:
-            self.tied_head = TiedProjection(model.hidden_size, model.vocab_size, megatron)
+            self.tied_head = TiedProjection(model.hidden_size, vocabulary, megatron)
         elif self.is_last_stage:
-            head = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0)
-            self.head = ColumnParallelProjection(model.hidden_size, model.vocab_size, head, megatron)
+            head = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0, split_size=model.vocab_size)
+            self.head = ColumnParallelProjection(model.hidden_size, vocabulary, head, megatron)
 
     def take_metrics(self) -> dict[str, float]:
         """Figures that the mixers of this rank's layers report, by name; a name that none reports is 0."""
@@ -128,7 +131,13 @@ class Decoder(nn.Module):
         tied = self.model.tie_embeddings
         logits = (self.tied_head(hidden, self.embedding.weight) if tied else self.head(hidden)).float()
         cap = self.model.output_logit_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        real = self.model.vocab_size - parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        if self.model.vocab_size % ranks == 0 or real >= logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+        return logits.masked_fill(padding, float("-inf"))
 
     def _blocks(
         self,

@@ -13,7 +13,7 @@ from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
 from pretrain.config import Config, parse_config
 from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
-from pretrain.models.parameters import declared_parameters, full_shape
+from pretrain.models.parameters import declared_parameters, full_shape, own_slice, padded_to
 from pretrain.parallel.topology import Topology, build_topology, megatron_config
 
 
@@ -98,9 +98,9 @@ def read_weights(model: Decoder, reader: CheckpointReader) -> None:
         if dimension is None:
             parameter.copy_(reader.read(name))
             continue
-        length = parameter.shape[dimension]
-        offset = length * parallel_state.get_tensor_model_parallel_rank()
-        parameter.copy_(reader.read(name, dimension=dimension, offset=offset, length=length))
+        offset, length = own_slice(parameter.spec, parameter.shape)
+        part = reader.read(name, dimension=dimension, offset=offset, length=length)
+        parameter.copy_(padded_to(part, parameter.spec, parameter.shape))
 
 
 def _layer(name: str) -> int:

@@ -26,6 +26,8 @@ class ParameterSpec:
     Attributes:
         initialise: fills the full (unsplit) float32 tensor in place, drawing from the generator.
         shard_dimension: dimension split evenly over tensor-parallel ranks; None is replicated.
+        split_size: size of that dimension in the whole tensor, where it need not divide by the number of ranks: the
+            last ranks' slices then end in padding, zeros that no checkpoint holds. None: it divides.
         weight_decay: whether decoupled weight decay applies.
         partial_gradient: the parameter is replicated, but each tensor-parallel rank sees only a part of its
             gradient (a part of the sequence, or of the heads), so gradients are summed over those ranks.
@@ -36,6 +38,7 @@ class ParameterSpec:
 
     initialise: Initialiser
     shard_dimension: int | None = None
+    split_size: int | None = None
     weight_decay: bool = True
     partial_gradient: bool = False
     bound: float | None = None
@@ -115,20 +118,51 @@ def new_parameter(full_shape: tuple[int, ...], spec: ParameterSpec) -> nn.Parame
     return declare(nn.Parameter(torch.empty(shape, dtype=torch.float32)), spec)
 
 
+def padded_size(size: int) -> int:
+    """The least multiple of the number of tensor-parallel ranks that is not below ``size``."""
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    return -(-size // ranks) * ranks
+
+
 def full_shape(parameter: nn.Parameter, shape: torch.Size | None = None) -> tuple[int, ...]:
     """Shape of the whole tensor that this rank holds a slice of."""
-    sizes = list(parameter.shape if shape is None else shape)
-    if parameter.spec.shard_dimension is not None:
-        sizes[parameter.spec.shard_dimension] *= parallel_state.get_tensor_model_parallel_world_size()
+    spec, sizes = parameter.spec, list(parameter.shape if shape is None else shape)
+    if spec.shard_dimension is not None:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        sizes[spec.shard_dimension] = spec.split_size or sizes[spec.shard_dimension] * ranks
     return tuple(sizes)
+
+
+def own_slice(spec: ParameterSpec, shape: torch.Size) -> tuple[int, int]:
+    """First place, along the split dimension of the whole tensor, that this rank holds, and how many.
+
+    ``shape`` is that of this rank's tensor, which may be longer by padding.
+    """
+    length = shape[spec.shard_dimension]
+    offset = length * parallel_state.get_tensor_model_parallel_rank()
+    if spec.split_size is None:
+        return offset, length
+    return min(offset, spec.split_size), max(min(length, spec.split_size - offset), 0)
+
+
+def padded_to(part: Tensor, spec: ParameterSpec, shape: torch.Size) -> Tensor:
+    """This rank's slice of a tensor, filled up with zeros to ``shape``."""
+    if part.shape == shape:
+        return part
+    whole = part.new_zeros(shape)
+    whole.narrow(spec.shard_dimension, 0, part.shape[spec.shard_dimension]).copy_(part)
+    return whole
 
 
 def shard_of(full: Tensor, spec: ParameterSpec) -> Tensor:
     """This rank's slice of a whole tensor."""
     if spec.shard_dimension is None:
         return full
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return full.chunk(size, spec.shard_dimension)[parallel_state.get_tensor_model_parallel_rank()]
+    shape = list(full.shape)
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    shape[spec.shard_dimension] = -(-shape[spec.shard_dimension] // ranks)
+    offset, length = own_slice(spec, torch.Size(shape))
+    return padded_to(full.narrow(spec.shard_dimension, offset, length), spec, torch.Size(shape))
 
 
 def declared_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -118,7 +118,7 @@ class Stage:
 
     @property
     def head_parameters(self) -> int:
-        return self.config.model.vocab_size * self.config.model.hidden_size // self.config.parallel.tensor
+        return -(-self.config.model.vocab_size // self.config.parallel.tensor) * self.config.model.hidden_size
 
     @property
     def parameters(self) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.launch import interpreter_is_active
-from kernels.newton_rnn import newton_gru, newton_triton
+from kernels.newton_rnn import newton_gru, newton_lstm, newton_triton
 from tests.kernels.newton_cases import assert_close, check_diverging, random_problem, results, starts_of
 
 CELLS = ("gru", "lstm")
@@ -108,3 +108,31 @@ def test_narrow_gates(small_tiles):
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="float64"):
         newton_gru(*(tensor.to(device()) for tensor in random_problem("gru", 1, 2, 3, 0.5)[0][:2]), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_tiles_on_a_gpu(cell):
+    report = compare(cell, (2, 300, 100), 0.5, "random")
+    assert report.fallbacks == 0 and report.residual <= 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS)
+def test_bf16_gates_on_a_gpu(cell):
+    problem, cotangents = random_problem(cell, 2, 300, 100, 0.5)
+    problem[0] = problem[0].bfloat16().double()
+    cotangents[0] = cotangents[0].bfloat16().double()
+    starts = starts_of("random", 2, 300)
+    expected, _ = results(cell, problem, cotangents, torch.float64, starts, backend="reference")
+    narrow = [problem[0].bfloat16(), *(tensor.float() for tensor in problem[1:])]
+    leaves = [tensor.cuda().requires_grad_() for tensor in narrow]
+    function = {"gru": newton_gru, "lstm": newton_lstm}[cell]
+    hidden, final, _ = function(*leaves[:-1], initial_state=leaves[-1], document_starts=starts.cuda(), backend="triton")
+    directions = [cotangents[0].bfloat16().cuda(), cotangents[1].float().cuda()]
+    found = (hidden, final, *torch.autograd.grad((hidden, final), leaves, directions))
+    for (name, value), actual in zip(expected.items(), found, strict=True):
+        # Hidden states and the gates' gradients are rounded to 8 bits once; sums and states are float32.
+        tolerance = 1e-2 if actual.dtype == torch.bfloat16 else 1e-5
+        error = (actual.double().cpu() - value).norm()
+        assert error <= tolerance * value.norm(), f"{name}: {error / value.norm():.1e}"

@@ -86,3 +86,26 @@ def test_mixed_dtypes_are_refused(device: torch.device) -> None:
     positional[3] = positional[3].bfloat16()
     with pytest.raises(ValueError, match="must share one dtype"):
         ssd(*positional, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 8])
+def test_published_heads_in_bf16_on_a_gpu(groups: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    inputs = random_inputs(2, 600, 16, 64, groups, 128)
+    narrow = ("values", "keys", "queries")
+    for name in narrow:
+        inputs[name] = inputs[name].bfloat16().double()
+    starts = random_starts(2, 600, 0.01)
+    expected = run(inputs, starts, backend="reference")
+    moved = {
+        name: tensor.to(device, torch.bfloat16 if name in narrow else torch.float32) for name, tensor in inputs.items()
+    }
+    for chunk in (64, 256):
+        results = run(moved, starts.to(device), backend="triton", chunk_size=chunk)
+        for name, one, other in zip(("outputs", "final", *NAMES), results, expected, strict=True):
+            # Scores, states and gradients are rounded to 8 bits before each matrix product; the rate's gradient is a
+            # sum of terms that nearly cancel.
+            tolerance = 5e-2 if name == "decay_rate" else 2e-2
+            error = (one.double().cpu() - other).norm()
+            assert error <= tolerance * other.norm(), f"chunks of {chunk}, {name}: {error / other.norm():.1e}"

@@ -12,7 +12,7 @@ from data.batch import IGNORED_LABEL, Batch
 from data.order import rank_share
 from pretrain.config.schema import Config
 from pretrain.models.decoder import Decoder
-from pretrain.models.parameters import initialise_weights
+from pretrain.models.parameters import initialise_weights, own_slice
 from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine
@@ -74,9 +74,15 @@ def local_weights(engine: Engine, topology: Topology) -> dict[str, tuple[np.ndar
     """This rank's slices: values, split dimension, tensor rank; nothing from further data-parallel ranks."""
     found = {}
     for name, parameter in engine.parameters.items():
-        value = engine.read_state(name, "weight").detach().reshape(engine.shapes[name]).numpy().copy()
+        value = engine.read_state(name, "weight").detach().reshape(engine.shapes[name])
+        dimension = parameter.spec.shard_dimension
+        if dimension is not None:
+            # What is left is padding, which no step may change.
+            _, length = own_slice(parameter.spec, value.shape)
+            assert not value.narrow(dimension, length, value.shape[dimension] - length).any(), name
+            value = value.narrow(dimension, 0, length)
         if topology.data_rank == 0:
-            found[name] = (value, parameter.spec.shard_dimension, topology.tensor_rank)
+            found[name] = (value.numpy().copy(), dimension, topology.tensor_rank)
     return found
 
 

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2_data2_zero3": (4, {"tensor": 2, "zero": 3}),
     "tensor2_data2_sequence_zero3": (4, {"tensor": 2, "sequence": True, "zero": 3}),
 }
+TENSOR4 = (4, {"tensor": 4, "sequence": True, "zero": 0})
 
 
 def with_small_input_gates(model: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +50,9 @@ def with_small_input_gates(model: dict[str, Any]) -> dict[str, Any]:
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "tied_embeddings": {"tie_embeddings": True, "norm": "layer"},
+    # Two ranks hold 129 rows each, four 65: the last ones end in padding.
+    "uneven_vocabulary": {"vocab_size": 257},
+    "uneven_tied_vocabulary": {"vocab_size": 257, "tie_embeddings": True},
     "every_mixer": with_small_input_gates(every_mixer_model(64)),
 }
 
@@ -104,6 +108,21 @@ def test_tied_embeddings_are_one_parameter_in_every_layout(layout, worker_pools,
     overrides = {"parallel": parallel, "model": MODELS["tied_embeddings"]}
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
     assert_same_run(results, one_process(model="tied_embeddings"), relative=1e-5, weights=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("uneven_vocabulary", TENSOR4),
+        ("uneven_vocabulary", LAYOUTS["tensor2_data2_zero3"]),
+        ("uneven_tied_vocabulary", LAYOUTS["tensor2_pipeline2_sequence_zero1"]),
+    ],
+)
+def test_a_vocabulary_that_does_not_divide(model, layout, worker_pools, one_process):
+    processes, parallel = layout
+    overrides = {"parallel": parallel, "model": MODELS[model]}
+    results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
+    assert_same_run(results, one_process(model=model), relative=1e-5, weights=5e-5)
 
 
 @pytest.mark.parametrize(

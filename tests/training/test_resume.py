@@ -101,6 +101,21 @@ def test_tied_embeddings_move_between_stages(train, tmp_path):
         assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
 
 
+def test_a_vocabulary_that_does_not_divide_is_saved_without_padding(train, tmp_path):
+    uneven = {"model": raw_config(tmp_path)["model"] | {"vocab_size": 257, "tie_embeddings": True}}
+    for name, layouts in (("whole", [("single", 8)]), ("moved", [("tensor2", 4), ("single", 6), ("tensor2", 8)])):
+        write_corpus(tmp_path / name / "corpus")
+        for layout, until in layouts:
+            train(tmp_path / name, layout, steps=until, **uneven)
+    whole, moved = (curve(tmp_path / name / "run") for name in ("whole", "moved"))
+    assert moved.keys() == whole.keys()
+    for step, figures in whole.items():
+        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    newest = CheckpointReader(list_checkpoints(tmp_path / "moved" / "run" / "checkpoints")[-1])
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        assert newest.shape("embedding.weight", kind) == (257, 32)
+
+
 def test_checkpoint_holds_the_same_in_every_layout(unbroken):
     """The first checkpoint of each layout: same names, same values to rounding."""
     reference = CheckpointReader(list_checkpoints(unbroken("single") / "run" / "checkpoints")[0])
