@@ -112,7 +112,7 @@ class SampleFormat:
         if rows.starts is not None:
             # The document before a piece of another one ends here, whatever token that piece begins with.
             labels[rows.starts[:, 1:]] = self.boundary_id
-        label_bytes = int(self.token_byte_lengths[labels].sum())
+        label_bytes = int(self.token_byte_lengths.take(labels).sum())
         label_count = int(rows.valid.sum())
         if label_count < labels.size:
             # Padding is the boundary mark, which stands for no bytes, so label_bytes is right already.

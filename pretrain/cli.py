@@ -236,6 +236,18 @@ def bench_kernels(
         print_bench_kernels(only or [], rounds, threads, as_json)
 
 
+@bench_app.command("data")
+def bench_data(
+    tokens: Annotated[int, typer.Option(min=1_000_000, help="of the random corpus that is read")] = 100_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
+) -> None:
+    """Tokens/s of our batches beside Megatron's, datasets' and others', start-up, and tokenizing."""
+    from pretrain.bench.data import print_bench_data
+
+    print_bench_data(tokens, rounds, as_json)
+
+
 def _say(text: str) -> None:
     """An error, once however many processes meet it."""
     if os.environ.get("RANK", "0") == "0":

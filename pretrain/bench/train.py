@@ -149,7 +149,8 @@ def count_flops(contestant: Contestant) -> int:
     return counter.get_total_flops()
 
 
-def _time(contestant: Contestant) -> tuple[float, float]:
+def time_once(contestant: Contestant) -> tuple[float, float]:
+    """Seconds of one run, and of the processor in all threads."""
     contestant.prepare()
     wall, processor = time.perf_counter(), time.process_time()
     contestant.run()
@@ -161,11 +162,11 @@ def measure(contestants: Sequence[Contestant], rounds: int, say: Callable[[str],
     say("counting FLOPs and warming up")
     flops = [count_flops(contestant) for contestant in contestants]
     for contestant in contestants:
-        _time(contestant)
+        time_once(contestant)
     times: list[list[tuple[float, float]]] = [[] for _ in contestants]
     for index in range(rounds):
         for contestant, taken in zip(contestants, times, strict=True):
-            taken.append(_time(contestant))
+            taken.append(time_once(contestant))
         say(f"round {index + 1} of {rounds}: ours {times[0][-1][0]:.3f} s")
     return [
         Measurement(contestant.name, contestant.tokens, counted, *zip(*taken, strict=True))
