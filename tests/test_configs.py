@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import Config, dump_config, load_config, parse_config
+from pretrain.config import Config, dump_config, load_config, load_data_config, parse_config
 from pretrain.config.schema import check_world_size
 from pretrain.errors import InputError
 
@@ -267,3 +267,39 @@ def test_override_that_is_not_key_and_value(override: str) -> None:
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003"])
 def test_numbers_with_exponents_are_numbers(text: str) -> None:
     assert load_config(QUICKSTART, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 3e-4
+
+
+DATA_FILES = [path for path in FILES if path.parent.name == "data"]
+
+
+@pytest.mark.parametrize("path", DATA_FILES, ids=_name)
+def test_data_section_loads_by_itself(path: Path) -> None:
+    data = load_data_config(path, ["data.held_out_fraction=0.25"])
+    assert data.held_out_fraction == 0.25
+    assert data.sequence_length == yaml.safe_load(path.read_text())["data"]["sequence_length"]
+
+
+def test_data_section_of_a_run_is_the_runs(tmp_path: Path) -> None:
+    assert load_data_config(QUICKSTART, []) == load_config(QUICKSTART).data
+    path = _file(tmp_path, f"base: {QUICKSTART}\ndata: {{sequence_length: 99}}\nmodel: {{num_layers: -1}}\n")
+    assert load_data_config(path, []).sequence_length == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("run: {directory: x}\n", [], "'data' is missing"),
+        ("dta: {}\ndata: {}\n", [], "unknown key 'dta'; did you mean 'data'?"),
+        (f"base: {QUICKSTART}\n", ["dat.sequence_length=3"], "unknown key 'dat'; did you mean 'data'?"),
+        (f"base: {QUICKSTART}\n", ["data.source.pathh=3"], "unknown key 'data.source.pathh'"),
+        (f"base: {QUICKSTART}\n", ["data.tokeniser=3"], "unknown key 'data.tokeniser'; did you mean 'tokenizer'?"),
+        (f"base: {QUICKSTART}\n", ["data.sequence_length=1"], "'data.sequence_length' is 1: input should be"),
+        (f"base: {QUICKSTART}\n", ["data.source=null"], "'data': give either source or mixture"),
+        (f"base: {QUICKSTART}\n", ["data"], "expected key=value"),
+    ],
+)
+def test_data_section_that_is_wrong(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+    path = _file(tmp_path, text)
+    with pytest.raises(InputError, match=re.escape(expected)) as caught:
+        load_data_config(path, overrides)
+    assert "\n" not in str(caught.value)

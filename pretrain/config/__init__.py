@@ -1,6 +1,15 @@
 """Configuration: the schema, and how a YAML file and dotted overrides become one. Imports no torch."""
 
-from pretrain.config.loading import dump_config, load_config, parse_config
+from pretrain.config.loading import dump_config, load_config, load_data_config, parse_config
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 
-__all__ = ["Config", "ModelConfig", "ParallelConfig", "TrainConfig", "dump_config", "load_config", "parse_config"]
+__all__ = [
+    "Config",
+    "ModelConfig",
+    "ParallelConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "load_data_config",
+    "parse_config",
+]

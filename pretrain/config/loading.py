@@ -13,8 +13,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import DataConfig
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
+
+
+class _DataSection(pydantic.BaseModel):
+    """The part of a run's configuration that says what it reads; the other sections are not looked into."""
+
+    data: DataConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -28,6 +35,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     merged = _read_with_bases(Path(path), ())
     merged = _apply_overrides(merged, overrides)
     return parse_config(_plain(merged, str(path)), str(path))
+
+
+def load_data_config(path: Path, overrides: Sequence[str]) -> DataConfig:
+    """The ``data`` section of a YAML file that may hold nothing else, or a whole run.
+
+    Files beneath it (``base``) and ``key=value`` overrides count as in :func:`load_config`; overrides name keys from
+    the top, as in ``data.held_out_fraction=0.1``. Other sections may be there and are not validated.
+
+    Raises:
+        InputError: naming the file and the key that is wrong, and what was expected.
+    """
+    merged = _read_with_bases(Path(path), ())
+    raw = _plain(_apply_overrides(merged, overrides), str(path))
+    unknown = [key for key in raw if key not in Config.model_fields]
+    if unknown:
+        raise InputError(f"{path}: {_describe({'loc': unknown[:1], 'type': 'extra_forbidden'}, raw)}")
+    try:
+        return _DataSection.model_validate(raw).data
+    except pydantic.ValidationError as error:
+        problems = [_describe(problem, raw) for problem in error.errors()]
+        raise InputError(f"{path}: " + "; ".join(dict.fromkeys(problems))) from None
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> Config:
