@@ -93,6 +93,15 @@ class BytesTokenizer(_Config):
     type: Literal["bytes"]
 
 
+class HierarchicalBytesTokenizer(_Config):
+    """The same ids, and where words start: for models that read one vector a word."""
+
+    type: Literal["hierarchical_bytes"]
+    splitter: Literal["words"] = Field(default="words", description="rules by which text is cut into words")
+    # A character has up to 4 bytes, and none is cut.
+    maximum_word_bytes: int = Field(default=100, ge=4, description="longer words are cut")
+
+
 class HuggingFaceTokenizer(_Config):
     """A ``tokenizer.json``: the file, a directory that holds it, or the name of a model on the hub."""
 
@@ -113,7 +122,10 @@ SourceConfig = Annotated[
     StandardLibrarySource | TextFilesSource | JsonlSource | HuggingFaceSource | MegatronIndexedSource,
     Field(discriminator="type"),
 ]
-TokenizerConfig = Annotated[BytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer, Field(discriminator="type")]
+TokenizerConfig = Annotated[
+    BytesTokenizer | HierarchicalBytesTokenizer | HuggingFaceTokenizer | SentencePieceTokenizer,
+    Field(discriminator="type"),
+]
 
 # Sources that hold token ids: they are not tokenized, and so not streamed either.
 READ_IN_PLACE = (MegatronIndexedSource,)

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.tokenizers.base import Tokenizer
-
-BOUNDARY_ID = 256
+from data.tokenizers.base import BYTES_BOUNDARY_ID, Tokenizer
 
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes; 256 is the boundary mark."""
 
     vocab_size = 257
-    boundary_id = BOUNDARY_ID
+    boundary_id = BYTES_BOUNDARY_ID
     reads_text = False
 
     def encode_many(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -24,11 +22,11 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = self._checked(ids)
-        return array[array < BOUNDARY_ID].astype(np.uint8).tobytes()
+        return array[array < BYTES_BOUNDARY_ID].astype(np.uint8).tobytes()
 
     def token_byte_lengths(self) -> np.ndarray:
         lengths = np.ones(self.vocab_size, dtype=np.int64)
-        lengths[BOUNDARY_ID] = 0
+        lengths[BYTES_BOUNDARY_ID] = 0
         return lengths
 
     def fingerprint(self) -> str:

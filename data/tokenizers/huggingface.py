@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ import numpy as np
 import tokenizers
 
 from data.errors import DataError
-from data.tokenizers.base import VocabularyTokenizer
+from data.tokenizers.vocabulary import SPACE_STAND_IN, VocabularyTokenizer
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SENTENCEPIECE_SPACE = "\u2581"
+# Raised whenever the same file gives other ids than before.
+_ENCODING_VERSION = 2
 
 
 class HuggingFaceFileTokenizer(VocabularyTokenizer):
@@ -25,50 +28,95 @@ class HuggingFaceFileTokenizer(VocabularyTokenizer):
 
     Others (WordPiece, whole words) lose parts of the text, so neither decoding nor bits per byte would be
     right; they are refused.
+
+    Tokens that the file calls special are never made from text, and neither is the boundary mark, special or not.
+    Added tokens that are not special stand for their text, and the spaces around them stay. A file whose tokenizer
+    normalizes text, or puts a space only in front of texts that have none (sentencepiece style, as ``transformers``
+    writes it), encodes texts that differ in just that to the same ids.
     """
 
     def __init__(self, path: str, boundary_token: str) -> None:
         """Raises ``DataError``: no such tokenizer, damaged file, unfit kind, no ``boundary_token``."""
-        library = _open_library_tokenizer(path)
-        # A saved file may ask for truncation or padding, which would lose or invent text.
-        library.no_truncation()
-        library.no_padding()
-        # Text that spells a special token is text: only this package places marks.
-        library.encode_special_tokens = True
+        library = open_library_tokenizer(path)
         boundary_id = library.token_to_id(boundary_token)
-        added = library.get_added_tokens_decoder()
         if boundary_id is None:
-            specials = [token.content for token in added.values() if token.special][:8]
+            specials = [token.content for token in library.get_added_tokens_decoder().values() if token.special][:8]
             raise DataError(
                 f"the tokenizer {path} has no token {boundary_token!r}; set data.tokenizer.boundary_token to"
                 f" one that it has (its special tokens: {specials or 'none'})."
             )
+        description = json.loads(library.to_str())
+        to_bytes = _token_to_bytes(path, description)
+        if _mend_added_tokens(description, boundary_token):
+            library = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # Text that spells a special token is text: only this package places marks.
+        library.encode_special_tokens = True
         vocabulary = library.get_vocab(with_added_tokens=True)
         self._library = library
+        self._description = description
         self._boundary_token = boundary_token
         self.boundary_id = boundary_id
         self.vocab_size = max(vocabulary.values()) + 1
         self._id_bytes = [b""] * self.vocab_size
-        to_bytes = _token_to_bytes(path, library)
+        added = library.get_added_tokens_decoder()
+        special = {index for index, token in added.items() if token.special} | {boundary_id}
+        reachable = _reachable_ids(description) & special
         for token, index in vocabulary.items():
-            if index not in added:
-                self._id_bytes[index] = to_bytes(token)
-            elif not added[index].special:
-                self._id_bytes[index] = token.encode()
-        self._id_bytes[boundary_id] = b""
+            if index == boundary_id or index in special and index not in reachable:
+                continue
+            content = to_bytes(token) if index not in added or index in reachable else token.encode()
+            # One character has no spelling that could be cut, so it is the text itself.
+            if index not in special or len(content.decode(errors="replace")) == 1:
+                self._id_bytes[index] = content
+        unknown = _unknown_id(description)
+        self._reachable = {
+            index: to_bytes(library.id_to_token(index)).decode(errors="replace")
+            for index in sorted(reachable - ({unknown} - {boundary_id}))
+            if index == boundary_id or not self._id_bytes[index]
+        }
+        if to_bytes is sentencepiece_bytes and description["model"].get("byte_fallback"):
+            fallback = [vocabulary.get(f"<0x{byte:02X}>") for byte in SPACE_STAND_IN.encode()]
+            self._stand_in_ids = None if None in fallback else np.array(fallback, dtype=np.uint32)
         first = library.encode("a", add_special_tokens=False).ids
         self._adds_leading_space = bool(first) and self._id_bytes[first[0]].startswith(b" ")
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return _encode_with(self._library, texts)
+
+    def _encode_continuations(self, texts: list[str]) -> list[np.ndarray]:
+        return _encode_with(self._continuing if self._adds_leading_space else self._library, texts)
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, without the space in front of a text."""
+        library = tokenizers.Tokenizer.from_str(json.dumps(_without_leading_space(self._description)))
+        library.encode_special_tokens = True
+        return library
 
     def fingerprint(self) -> str:
-        content = [tokenizers.__version__, self._boundary_token, self._library.to_str()]
+        content = [_ENCODING_VERSION, tokenizers.__version__, self._boundary_token, self._library.to_str()]
         return "huggingface-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _open_library_tokenizer(path: str) -> tokenizers.Tokenizer:
+def _encode_with(library: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    encodings = library.encode_batch_fast(texts, add_special_tokens=False)
+    # numpy takes twice as long to read a list of numbers.
+    return [np.frombuffer(array("I", encoding.ids), dtype=np.uint32) for encoding in encodings]
+
+
+def open_library_tokenizer(path: str) -> tokenizers.Tokenizer:
+    """The ``tokenizers`` library's object for a file, a directory or a hub name, whole texts in and out.
+
+    Raises ``DataError``: no such tokenizer, or a damaged file.
+    """
+    library = _read_library_tokenizer(path)
+    # A saved file may ask for truncation or padding, which would lose or invent text.
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _read_library_tokenizer(path: str) -> tokenizers.Tokenizer:
     local = Path(path).expanduser()
     file = local / "tokenizer.json" if local.is_dir() else local
     if file.is_file():
@@ -104,9 +152,59 @@ def _component_types(component: Any) -> Iterator[str]:
             yield from _component_types(value)
 
 
-def _token_to_bytes(path: str, library: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+def _mend_added_tokens(description: dict[str, Any], boundary_token: str) -> bool:
+    """Whether added tokens had to change so that no text is lost and none becomes the mark."""
+    changed = False
+    for token in description["added_tokens"]:
+        is_boundary = token["content"] == boundary_token
+        if not token["special"] and (token["lstrip"] or token["rstrip"] or is_boundary):
+            # The library would take the spaces around the token for a part of it.
+            token.update(lstrip=False, rstrip=False, special=is_boundary)
+            changed = True
+    return changed
+
+
+def _reachable_ids(description: dict[str, Any]) -> set[int]:
+    """Ids that the model itself can make from text, whether or not added tokens are recognised in it."""
+    model = description["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        return set(range(len(vocabulary)))
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        return set(vocabulary.values())
+    merged = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
+    return {index for token, index in vocabulary.items() if token in merged or len(token) == 1}
+
+
+def _unknown_id(description: dict[str, Any]) -> int | None:
+    """The id of text that the model has no token for; None where it has none."""
+    model = description["model"]
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    vocabulary = model["vocab"]
+    return vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else None
+
+
+def _without_leading_space(component: Any) -> Any:
+    """A tokenizer.json, or a section of it, in which nothing puts a space in front of a text."""
+    if isinstance(component, list):
+        return [_without_leading_space(value) for value in component if not _prepends(value)]
+    if not isinstance(component, dict):
+        return component
+    settings = {key: None if _prepends(value) else _without_leading_space(value) for key, value in component.items()}
+    if settings.get("type") == "Metaspace":
+        settings["prepend_scheme"] = "never"
+    if settings.get("type") == "ByteLevel":
+        settings["add_prefix_space"] = False
+    return settings
+
+
+def _prepends(component: Any) -> bool:
+    return isinstance(component, dict) and component.get("type") == "Prepend"
+
+
+def _token_to_bytes(path: str, description: dict[str, Any]) -> Callable[[str], bytes]:
     """A function from a token's spelling in the vocabulary to the bytes that it stands for."""
-    description = json.loads(library.to_str())
     decoder = set(_component_types(description["decoder"]))
     before = set(_component_types([description["pre_tokenizer"], description["normalizer"]]))
     if "ByteLevel" in decoder | before:
@@ -132,7 +230,7 @@ def sentencepiece_bytes(token: str) -> bytes:
     fallback = _BYTE_FALLBACK.fullmatch(token)
     if fallback:
         return bytes([int(fallback.group(1), 16)])
-    return token.replace(_SENTENCEPIECE_SPACE, " ").encode()
+    return token.replace(SPACE_STAND_IN, " ").encode()
 
 
 def byte_level_alphabet() -> dict[str, int]:

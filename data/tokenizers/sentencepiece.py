@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from data.errors import DataError
-from data.tokenizers.base import VocabularyTokenizer
+from data.tokenizers.base import tokenizing_threads
+from data.tokenizers.vocabulary import SPACE_STAND_IN, VocabularyTokenizer
+
+# Raised whenever the same file gives other ids than before.
+_ENCODING_VERSION = 2
 
 
 class SentencePieceFileTokenizer(VocabularyTokenizer):
@@ -19,6 +25,9 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
     Models with ``byte_fallback``, identity normalization and ``remove_extra_whitespaces=false`` keep every
     character; others normalise the text first, and then bytes are counted after normalisation. An unknown
     piece counts as no byte, which can only make bits per byte look worse.
+
+    Control pieces are never made from text, and neither is the boundary mark, whatever piece it is. Symbols that the
+    model calls user-defined stand for their text.
     """
 
     def __init__(self, path: str, boundary_token: str) -> None:
@@ -31,25 +40,48 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
                 f"data.tokenizer.path {file} cannot be read ({error.strerror}); give a .model file."
             ) from error
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-            self.vocab_size = self._processor.get_piece_size()
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            self.vocab_size = processor.get_piece_size()
         except Exception as error:  # the library raises RuntimeError or its own types, by version
             raise DataError(f"{file} is not a sentencepiece model ({error}); give a .model file.") from error
         if self.vocab_size == 0:
             raise DataError(f"{file} is not a sentencepiece model (no pieces); give a .model file.")
-        boundary_id = self._processor.piece_to_id(boundary_token)
-        if self._processor.id_to_piece(boundary_id) != boundary_token:
-            control_ids = filter(self._processor.is_control, range(self.vocab_size))
-            control = [self._processor.id_to_piece(index) for index in control_ids][:8]
+        boundary_id = processor.piece_to_id(boundary_token)
+        if processor.id_to_piece(boundary_id) != boundary_token:
+            control_ids = filter(processor.is_control, range(self.vocab_size))
+            control = [processor.id_to_piece(index) for index in control_ids][:8]
             raise DataError(
                 f"the sentencepiece model {file} has no piece {boundary_token!r};"
                 f" set data.tokenizer.boundary_token to one it has (its control pieces: {control or 'none'})."
             )
         self._boundary_token = boundary_token
         self.boundary_id = boundary_id
+        self._used = self._model
+        if processor.is_unknown(boundary_id) or processor.is_byte(boundary_id):
+            self._reachable = {boundary_id: boundary_token}
+        elif not processor.is_control(boundary_id):
+            self._used = self._with_control_piece(file, processor)
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self._used)
+        self._processor = processor
         self._id_bytes = [self._bytes_of(index) for index in range(self.vocab_size)]
-        first = self._processor.encode("a")
+        fallback = {self._id_bytes[index]: index for index in filter(processor.is_byte, range(self.vocab_size))}
+        if fallback:
+            stand_in = [fallback[bytes([byte])] for byte in SPACE_STAND_IN.encode()]
+            self._stand_in_ids = np.array(stand_in, dtype=np.uint32)
+        first = processor.encode("a")
         self._adds_leading_space = bool(first) and self._id_bytes[first[0]].startswith(b" ")
+
+    def _with_control_piece(self, file: Path, processor: sentencepiece.SentencePieceProcessor) -> bytes:
+        """The model with the boundary mark as a control piece, so that no text is encoded to it."""
+        text = self._boundary_token.replace(SPACE_STAND_IN, " ")
+        if len(text) == 1 and not any(map(processor.is_byte, range(self.vocab_size))):
+            raise DataError(
+                f"the boundary token {self._boundary_token!r} is the only piece of the sentencepiece model {file} for"
+                " that character; set data.tokenizer.boundary_token to a control piece."
+            )
+        proto = ModelProto.FromString(self._model)
+        proto.pieces[self.boundary_id].type = ModelProto.SentencePiece.CONTROL
+        return proto.SerializeToString()
 
     def _bytes_of(self, index: int) -> bytes:
         processor = self._processor
@@ -58,11 +90,27 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
         piece = processor.id_to_piece(index)
         if processor.is_byte(index):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()
+        return piece.replace(SPACE_STAND_IN, " ").encode()
+
+    @functools.cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model, without the space in front of a text."""
+        proto = ModelProto.FromString(self._used)
+        proto.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.uint32) for ids in self._processor.encode(texts)]
+        return _encode_with(self._processor, texts)
+
+    def _encode_continuations(self, texts: list[str]) -> list[np.ndarray]:
+        return _encode_with(self._continuing if self._adds_leading_space else self._processor, texts)
 
     def fingerprint(self) -> str:
-        content = [sentencepiece.__version__, self._boundary_token, hashlib.sha256(self._model).hexdigest()]
+        digest = hashlib.sha256(self._model).hexdigest()
+        content = [_ENCODING_VERSION, sentencepiece.__version__, self._boundary_token, digest]
         return "sentencepiece-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _encode_with(processor: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[np.ndarray]:
+    encoded = processor.encode(texts, return_type="numpy", num_threads=tokenizing_threads())
+    return [ids.view(np.uint32) for ids in encoded]
