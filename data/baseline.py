@@ -42,7 +42,7 @@ def bigram_bits_per_byte(
             f"the bigram baseline counts every pair of ids and takes vocabularies up to {LARGEST_VOCABULARY},"
             f" but this tokenizer has {vocab_size} ids; use it with the bytes tokenizer."
         )
-    pair_bits = _bigram_bits(count_pairs(train.first_tokens(training_tokens), vocab_size))
+    pair_bits = _bigram_bits(count_pairs(train.format.model_ids(train.first_tokens(training_tokens)), vocab_size))
     bits = 0.0
     label_bytes = 0
     indices = range(held_out.samples_per_epoch) if held_out_indices is None else held_out_indices

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data.tokenizers.base import Tokenizer
+from data.tokenizers.base import Tokenizer, split_word_starts
 
 # The label where nothing is to be predicted; torch's cross entropy ignores it by default.
 IGNORED_LABEL = -100
@@ -64,7 +64,7 @@ class Batch:
 class Rows:
     """Samples before they are a batch: S inputs and the last label, so S + 1 tokens."""
 
-    tokens: np.ndarray  # (B, S + 1) int64, filled up with the boundary mark
+    tokens: np.ndarray  # (B, S + 1) int64 stored ids, filled up with the boundary mark
     valid: np.ndarray  # (B,) int64: so many predictions from the front count
     # (B, S + 1) bool: further places where the state restarts, although no mark stands there; None: there are none.
     starts: np.ndarray | None = None
@@ -79,18 +79,29 @@ class SampleFormat:
         boundary_id: the mark in front of each document.
         token_byte_lengths: (vocabulary,) int64, the raw bytes that each id stands for.
         predict_document_ends: whether a document's last token predicts the mark behind it.
+        has_word_starts: whether stored ids say where words start (``data.tokenizers.base.split_word_starts``).
     """
 
     sequence_length: int
     boundary_id: int
     token_byte_lengths: np.ndarray
     predict_document_ends: bool = True
+    has_word_starts: bool = False
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sequence_length: int, predict_document_ends: bool = True) -> SampleFormat:
         """The format of samples of ``tokenizer``'s ids."""
-        lengths = tokenizer.token_byte_lengths()
-        return cls(sequence_length, tokenizer.boundary_id, lengths, predict_document_ends)
+        return cls(
+            sequence_length,
+            tokenizer.boundary_id,
+            tokenizer.token_byte_lengths(),
+            predict_document_ends,
+            has_word_starts=tokenizer.word_start_flag is not None,
+        )
+
+    def model_ids(self, stored: np.ndarray) -> np.ndarray:
+        """The ids that a model reads for ``stored`` ones, of the same shape."""
+        return split_word_starts(stored)[0] if self.has_word_starts else stored
 
     def padding(self, count: int) -> Rows:
         """``count`` rows that predict nothing."""
@@ -108,7 +119,8 @@ class SampleFormat:
     def batch(self, rows: Rows) -> Batch:
         """The batch of ``rows``."""
         starts = self.document_starts(rows)
-        labels = rows.tokens[:, 1:].copy()
+        tokens = self.model_ids(rows.tokens)
+        labels = tokens[:, 1:].copy()
         if rows.starts is not None:
             # The document before a piece of another one ends here, whatever token that piece begins with.
             labels[rows.starts[:, 1:]] = self.boundary_id
@@ -122,7 +134,7 @@ class SampleFormat:
             label_count -= int(ends.sum())
             labels[ends] = IGNORED_LABEL
         return Batch(
-            tokens=torch.from_numpy(rows.tokens[:, :-1].copy()),
+            tokens=torch.from_numpy(tokens[:, :-1].copy()),
             labels=torch.from_numpy(labels),
             document_starts=torch.from_numpy(starts[:, :-1].copy()),
             label_bytes=label_bytes,

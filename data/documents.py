@@ -77,9 +77,9 @@ def read_stream(documents: StoredDocuments, limit: int) -> np.ndarray:
     return stream
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(stored_vocab_size: int) -> np.dtype:
     """The narrowest stored type that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype(np.uint16 if stored_vocab_size <= 1 << 16 else np.uint32)
 
 
 def open_prepared(directory: Path) -> dict[Split, TokenizedDocuments]:
@@ -121,7 +121,7 @@ class SplitWriter:
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
         self.file = file
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = token_dtype(tokenizer.stored_vocab_size)
         self.mark = np.array([tokenizer.boundary_id], dtype=self.dtype).tobytes()
         self.offsets = array("q", [0])  # a list would take several times the memory
         self.raw_bytes = self.empty = self.invalid_utf8 = 0

@@ -71,7 +71,7 @@ class IndexedFile:
 
     def __init__(self, prefix: str, tokenizer: Tokenizer) -> None:
         """Raises ``DataError`` for files that are missing, damaged, or of another tokenizer."""
-        self.prefix, self.mark, self.vocab_size = prefix, tokenizer.boundary_id, tokenizer.vocab_size
+        self.prefix, self.mark, self.vocab_size = prefix, tokenizer.boundary_id, tokenizer.stored_vocab_size
         for suffix in (".idx", ".bin"):
             if not Path(prefix + suffix).is_file():
                 raise DataError(

@@ -151,7 +151,7 @@ def _tokenize_to_directory(config: DataConfig, source: Source, tokenizer: Tokeni
             files = {s: stack.enter_context(open(temporary / f"{s}_tokens.bin", "wb")) for s in SPLITS}
             writers: dict[Split, SplitWriter] = {s: SplitWriter(files[s], tokenizer) for s in SPLITS}
             _tokenize(config, source, tokenizer, writers)
-        metadata: dict[str, object] = {"dtype": token_dtype(tokenizer.vocab_size).name}
+        metadata: dict[str, object] = {"dtype": token_dtype(tokenizer.stored_vocab_size).name}
         for split, writer in writers.items():
             np.save(temporary / f"{split}_offsets.npy", np.array(writer.offsets, dtype=np.int64))
             metadata[split] = asdict(writer.counts())

@@ -39,6 +39,8 @@ _ONLY_FOR = {
     "datasets": "data from Hugging Face datasets",
     "tokenizers": "data.tokenizer.type=huggingface",
     "sentencepiece": "data.tokenizer.type=sentencepiece",
+    "protobuf": "data.tokenizer.type=sentencepiece and the section 'wandb' of a configuration",
+    "hat-splitter": "data.tokenizer.type=hierarchical_bytes",
     "transformers": "'pretrain export' and 'pretrain import'",
 }
 _FREE_DISK_GIGABYTES = 10

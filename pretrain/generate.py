@@ -82,7 +82,7 @@ def generate(
         InputError: an option is out of its range, or the tokenizer is not the model's.
     """
     _check_options(model, tokenizer, max_new_tokens, temperature, top_k, top_p)
-    encoded = [[tokenizer.boundary_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    encoded = [[tokenizer.boundary_id, *tokenizer.model_ids(tokenizer.encode(prompt)).tolist()] for prompt in prompts]
     added: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens > 0 and prompts:
         rows, logits, states = _read_prompts(model, encoded)

@@ -8,9 +8,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from data.config import BytesTokenizer, HuggingFaceTokenizer, TokenizerConfig
+from data.config import BytesTokenizer, HierarchicalBytesTokenizer, HuggingFaceTokenizer, TokenizerConfig
 from data.tokenizers import Tokenizer
-from data.tokenizers.huggingface import byte_level_alphabet
+from data.tokenizers.huggingface import byte_level_alphabet, open_library_tokenizer
 from pretrain.errors import CheckError, InputError
 
 DOCUMENT_MARK = "<|document|>"
@@ -28,6 +28,9 @@ _SAMPLES = (
 def write_tokenizer(config: TokenizerConfig, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``, the boundary mark as ``bos`` and ``eos`` token.
 
+    Hierarchical bytes become bytes: a model reads the same ids, and where words start is not a tokenizer's to say in
+    ``transformers``, so a model that reads words splits them itself.
+
     Encoding adds no mark of itself, unless the run's own ``tokenizer.json`` says so. No padding token is
     named: padding on the left would enter the recurrent state. Text that spells a special token is read as
     that token, as everywhere in ``transformers``; ``split_special_tokens=True`` reads it as text.
@@ -42,10 +45,10 @@ def write_tokenizer(config: TokenizerConfig, tokenizer: Tokenizer, directory: Pa
     """
     from transformers import PreTrainedTokenizerFast
 
-    if isinstance(config, BytesTokenizer):
+    if isinstance(config, BytesTokenizer | HierarchicalBytesTokenizer):
         library, mark = byte_level_tokenizer(tokenizer.boundary_id), DOCUMENT_MARK
     elif isinstance(config, HuggingFaceTokenizer):
-        library, mark = _library_tokenizer(config.path), config.boundary_token
+        library, mark = open_library_tokenizer(config.path), config.boundary_token
     else:
         raise InputError(
             f"data.tokenizer.type={config.type} has no exported form: transformers would need it converted to a "
@@ -78,20 +81,6 @@ def byte_level_tokenizer(boundary_id: int) -> tokenizers.Tokenizer:
     return library
 
 
-def _library_tokenizer(path: str) -> tokenizers.Tokenizer:
-    """The run's ``tokenizer.json``, which opening the run's tokenizer has found to be sound."""
-    local = Path(path).expanduser()
-    file = local / "tokenizer.json" if local.is_dir() else local
-    if file.is_file():
-        library = tokenizers.Tokenizer.from_file(str(file))
-    else:
-        library = tokenizers.Tokenizer.from_pretrained(path)
-    # Not used in training either: they would lose or invent text.
-    library.no_truncation()
-    library.no_padding()
-    return library
-
-
 def _check(directory: Path, tokenizer: Tokenizer) -> None:
     from transformers import AutoTokenizer
 
@@ -102,7 +91,7 @@ def _check(directory: Path, tokenizer: Tokenizer) -> None:
                 f"the exported tokenizer's {name} is {getattr(written, name)}, not {tokenizer.boundary_id}"
             )
     for text in _SAMPLES:
-        ids = tokenizer.encode(text).tolist()
+        ids = tokenizer.model_ids(tokenizer.encode(text)).tolist()
         found = written.encode(text, add_special_tokens=False)
         if found != ids or written.decode(ids) != tokenizer.decode_text(ids):
             raise InputError(
