@@ -65,7 +65,7 @@ class Source(Protocol):
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The source that ``config`` describes. Raises ``DataError`` when its files are missing."""
+    """The source that ``config`` describes. Raises ``DataError`` when its files are missing or hold no text."""
     match config:
         case StandardLibrarySource():
             return _open_standard_library()
@@ -79,7 +79,10 @@ def open_source(config: SourceConfig) -> Source:
             from data.hub import HubDocuments
 
             return HubDocuments(config)
-    raise AssertionError(f"source {config!r} has no documents of text")
+    raise DataError(
+        f"data.source.type={config.type} holds token ids, but text is needed; give a source of text, for instance the"
+        " one that was tokenized."
+    )
 
 
 def fingerprint_files(files: list[tuple[str, Path]], *settings: str) -> str:
