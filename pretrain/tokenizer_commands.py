@@ -166,7 +166,7 @@ def print_comparison(figures: Sequence[TokenizerFigures]) -> None:
             f"{figure.tokens:,}",
             f"{figure.bytes_per_token:.3f}",
             *words,
-            f"{figure.megabytes_per_second:,.2f}",
+            f"{figure.megabytes_per_second:,.1f}",
             f"{changed:,} differ" if changed else "exact",
         )
     Console().print(table)

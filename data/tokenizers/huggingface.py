@@ -68,12 +68,13 @@ class HuggingFaceFileTokenizer(VocabularyTokenizer):
             # One character has no spelling that could be cut, so it is the text itself.
             if index not in special or len(content.decode(errors="replace")) == 1:
                 self._id_bytes[index] = content
-        unknown = _unknown_id(description)
         self._reachable = {
             index: to_bytes(library.id_to_token(index)).decode(errors="replace")
-            for index in sorted(reachable - ({unknown} - {boundary_id}))
+            for index in sorted(reachable)
             if index == boundary_id or not self._id_bytes[index]
         }
+        unknown_id = _unknown_id(description)
+        self._unknown_id = None if unknown_id == boundary_id else unknown_id
         if to_bytes is sentencepiece_bytes and description["model"].get("byte_fallback"):
             fallback = [vocabulary.get(f"<0x{byte:02X}>") for byte in SPACE_STAND_IN.encode()]
             self._stand_in_ids = None if None in fallback else np.array(fallback, dtype=np.uint32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,7 @@ from data.tokenizers.base import Tokenizer
 
 # Sentencepiece, and tokenizers made after it, write a space as this character.
 SPACE_STAND_IN = "\u2581"
+_STAND_INS = re.compile(f"{SPACE_STAND_IN}+")
 
 
 class VocabularyTokenizer(Tokenizer):
@@ -26,6 +28,7 @@ class VocabularyTokenizer(Tokenizer):
     space and has ids for bytes; otherwise None.
     ``_reachable``: special tokens that text can encode to although nothing recognises them in text, as id ->
     spelling; most tokenizers have none.
+    ``_unknown_id``: among those the id of text that there is no token for, unless it is the mark.
     """
 
     reads_text = True
@@ -34,6 +37,7 @@ class VocabularyTokenizer(Tokenizer):
     _adds_leading_space: bool
     _stand_in_ids: np.ndarray | None = None
     _reachable: dict[int, str] = {}
+    _unknown_id: int | None = None
 
     @abstractmethod
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
@@ -47,12 +51,15 @@ class VocabularyTokenizer(Tokenizer):
         texts = [document.decode("utf-8", errors="replace") for document in documents]
         encoded = self._encode_texts(texts)
         for index, text in enumerate(texts):
-            if self._stand_in_ids is not None and SPACE_STAND_IN in text or self._reaches_special(encoded[index]):
+            if self._stand_in_ids is not None and SPACE_STAND_IN in text or self._special_in(encoded[index]):
                 encoded[index] = self._encode_in_parts(text)
         return encoded
 
-    def _reaches_special(self, ids: np.ndarray) -> bool:
-        return bool(self._reachable) and bool(np.isin(ids, list(self._reachable)).any())
+    def _special_in(self, ids: np.ndarray) -> list[int]:
+        """The special tokens among ``ids``."""
+        if not self._reachable:
+            return []
+        return np.unique(ids[np.isin(ids, list(self._reachable))]).tolist()
 
     def _encode_in_parts(self, text: str) -> np.ndarray:
         """Encodes a text in which every spelling of a special token is cut in two, and U+2581 becomes its bytes.
@@ -68,12 +75,12 @@ class VocabularyTokenizer(Tokenizer):
         # A normalizer may make the spelling only afterwards. Single characters are no spelling of anything longer.
         for cuts in (spelled, range(1, len(text))):
             ids = np.concatenate([np.zeros(0, np.uint32), *self._encode_parts(text, cuts)])
-            if not self._reaches_special(ids):
+            reached = [self._reachable[token] for token in self._special_in(ids) if token != self._unknown_id]
+            if not reached:
                 return ids
-        reached = self._reachable[int(ids[np.isin(ids, list(self._reachable))][0])]
-        name = "boundary token" if reached == self._boundary_token else "special token"
+        name = "boundary token" if reached[0] == self._boundary_token else "special token"
         raise DataError(
-            f"the text encodes to the {name} {reached!r}, which would then not be told from text;"
+            f"the text encodes to the {name} {reached[0]!r}, which would then not be told from text;"
             " set data.tokenizer.boundary_token to a special token of the tokenizer that no text spells, or use"
             " another tokenizer."
         )
@@ -82,15 +89,14 @@ class VocabularyTokenizer(Tokenizer):
         """The ids of the parts of ``text`` between ``cuts``, in order."""
         bounds = {0, len(text), *cuts}
         if self._stand_in_ids is not None:
-            bounds.update(
-                edge for found in _occurrences(text, SPACE_STAND_IN) for edge in (found, found + len(SPACE_STAND_IN))
-            )
+            bounds.update(edge for run in _STAND_INS.finditer(text) for edge in run.span())
         ordered = sorted(bounds)
         parts = [text[start:end] for start, end in zip(ordered, ordered[1:], strict=False)]
         encoded = self._encode_texts(parts[:1]) + self._encode_continuations(parts[1:])
         if self._stand_in_ids is not None:
             encoded = [
-                self._stand_in_ids if part == SPACE_STAND_IN else ids for part, ids in zip(parts, encoded, strict=True)
+                np.tile(self._stand_in_ids, len(part)) if part.startswith(SPACE_STAND_IN) else ids
+                for part, ids in zip(parts, encoded, strict=True)
             ]
         return encoded
 

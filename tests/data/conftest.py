@@ -23,6 +23,8 @@ HOSTILE_DOCUMENTS = {
     "line endings": b"one\r\ntwo\rthree\n\n\r\n",
     "spaces": b"  two  spaces\t\ttabs \x00 nul  ",
     "invalid utf-8": b"\xff\xfe\x80 caf\xe9 \xc3(\xed\xa0\x80",
+    "lone surrogates": "high \ud83d and low \udc00, a\ud800".encode("utf-8", errors="surrogatepass"),
+    "space's stand-in": "spark \u2581\u2582\u2583 a\u2581b \u2581 \u2581\u2581 end\u2581".encode(),
     "spelled specials": b"a<|endoftext|>b</s>c<pad><s><unk>",
     "one long line": b"x = [" + b"0, " * 350_000 + b"]",
 }
