@@ -12,7 +12,19 @@ from pretrain import cli
 from pretrain.errors import EXIT_BAD_INPUT, EXIT_DONE
 from tests.runs import pretrain, raw_config, write_config, write_corpus
 
-COMMANDS = ["train", "plan", "export", "generate", "evaluate", "report", "doctor", "models", "checkpoint", "bench"]
+COMMANDS = [
+    "train",
+    "plan",
+    "export",
+    "generate",
+    "evaluate",
+    "report",
+    "doctor",
+    "models",
+    "checkpoint",
+    "bench",
+    "tokenizer",
+]
 
 
 def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:

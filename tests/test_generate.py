@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.config import HierarchicalBytesTokenizer
+from data.tokenizers import open_tokenizer
 from data.tokenizers.byte_level import ByteTokenizer
 from pretrain import generate as generate_module
 from pretrain.errors import InputError
@@ -54,6 +56,12 @@ def test_greedy_is_the_argmax_of_whole_passes(decoder: Decoder) -> None:
     texts = generate(decoder, TOKENIZER, PROMPTS, 20, temperature=0)
     assert texts == [bytes(_greedy_by_whole_passes(decoder, prompt, 20)) for prompt in PROMPTS]
     assert len(set(texts)) == len(texts)
+
+
+def test_a_tokenizer_that_stores_words_gives_the_model_bytes(decoder: Decoder) -> None:
+    pytest.importorskip("hat_splitter", reason="there is no wheel of hat-splitter for this machine")
+    words = open_tokenizer(HierarchicalBytesTokenizer(type="hierarchical_bytes"))
+    assert generate(decoder, words, PROMPTS, 12, seed=4) == generate(decoder, TOKENIZER, PROMPTS, 12, seed=4)
 
 
 def test_long_prompts_are_read_in_segments(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.config import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
+from data.config import BytesTokenizer, HierarchicalBytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 from data.tokenizers import open_tokenizer
 from data.tokenizers.byte_level import ByteTokenizer
 from pretrain.convert.tokenizer import DOCUMENT_MARK, write_tokenizer
@@ -47,6 +47,16 @@ def test_the_mark(exported_bytes: PreTrainedTokenizerFast) -> None:
     as_text = exported_bytes.encode(DOCUMENT_MARK, split_special_tokens=True)
     assert as_text == list(DOCUMENT_MARK.encode())
     assert exported_bytes.decode([97, 256, 98], skip_special_tokens=True) == "ab"
+
+
+def test_hierarchical_bytes_are_exported_as_bytes(exported_bytes: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    pytest.importorskip("hat_splitter", reason="there is no wheel of hat-splitter for this machine")
+    config = HierarchicalBytesTokenizer(type="hierarchical_bytes")
+    write_tokenizer(config, open_tokenizer(config), tmp_path)
+    written = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hello, wörld!\n  def f(x):"
+    assert written.encode(text) == exported_bytes.encode(text) == list(text.encode())
+    assert written.eos_token_id == 256
 
 
 def _byte_level_bpe(path: Path, special: list[str]) -> LibraryTokenizer:
