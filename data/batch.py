@@ -22,6 +22,8 @@ class Batch:
     document_starts: torch.Tensor  # (B, S) bool: the model's state restarts before this token
     label_bytes: int  # raw bytes that the labels stand for; boundary marks stand for none
     label_count: int  # labels that are not ignored, boundary marks included
+    # (B, S) bool: a word starts at this token, and at the first of every row; None where the tokenizer knows no words.
+    word_starts: torch.Tensor | None = None
 
     @property
     def segment_ids(self) -> torch.Tensor:
@@ -41,13 +43,12 @@ class Batch:
         """
         if length == self.tokens.shape[1]:
             return self
-        starts = self.document_starts.reshape(-1, length).clone()
-        starts[:, 0] = True
         return replace(
             self,
             tokens=self.tokens.reshape(-1, length),
             labels=self.labels.reshape(-1, length),
-            document_starts=starts,
+            document_starts=_begun_anew(self.document_starts, length),
+            word_starts=None if self.word_starts is None else _begun_anew(self.word_starts, length),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -57,7 +58,15 @@ class Batch:
             tokens=self.tokens.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             document_starts=self.document_starts.to(device, non_blocking=non_blocking),
+            word_starts=None if self.word_starts is None else self.word_starts.to(device, non_blocking=non_blocking),
         )
+
+
+def _begun_anew(starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Starts in rows of ``length`` tokens, each of which begins with one."""
+    starts = starts.reshape(-1, length).clone()
+    starts[:, 0] = True
+    return starts
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class SampleFormat:
     def batch(self, rows: Rows) -> Batch:
         """The batch of ``rows``."""
         starts = self.document_starts(rows)
-        tokens = self.model_ids(rows.tokens)
+        tokens, words = split_word_starts(rows.tokens) if self.has_word_starts else (rows.tokens, None)
         labels = tokens[:, 1:].copy()
         if rows.starts is not None:
             # The document before a piece of another one ends here, whatever token that piece begins with.
@@ -139,4 +148,5 @@ class SampleFormat:
             document_starts=torch.from_numpy(starts[:, :-1].copy()),
             label_bytes=label_bytes,
             label_count=label_count,
+            word_starts=None if words is None else torch.from_numpy((words | starts)[:, :-1].copy()),
         )

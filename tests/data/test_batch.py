@@ -69,3 +69,17 @@ def test_a_piece_without_a_mark_starts_anew_and_is_not_predicted() -> None:
     assert batch.labels[0].tolist() == [1, 2, 3, MARK, 8, 9, 10, 11]
     assert (batch.label_count, batch.label_bytes) == (8, 7)
     assert torch.equal(batch.positions[0], torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+
+
+def test_words_start_where_stored_ids_say_so() -> None:
+    format = dataclasses.replace(FORMAT, has_word_starts=True)
+    flag = 257
+    batch = format.batch(rows_of([[5, 1 + flag, 2, MARK, 3 + flag, 4, 5 + flag, 6, 7]]))
+    assert batch.tokens.tolist() == [[5, 1, 2, MARK, 3, 4, 5, 6]]
+    assert batch.labels.tolist() == [[1, 2, MARK, 3, 4, 5, 6, 7]]
+    assert batch.document_starts[0].tolist() == [True, False, False, True, False, False, False, False]
+    # The first byte of a row is the rest of a word that was cut: a word of its own here.
+    assert batch.word_starts[0].tolist() == [True, True, False, True, True, False, True, False]
+    assert batch.cut(2).word_starts.tolist() == [[True, True], [True, True], [True, False], [True, False]]
+    assert batch.to("meta").word_starts.device.type == "meta"
+    assert FORMAT.batch(rows_of([[MARK, 1, 2, 3, 4, 5, 6, 7, 8]])).word_starts is None

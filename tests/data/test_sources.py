@@ -172,7 +172,7 @@ def test_the_split_holds_out_the_fraction_and_never_changes() -> None:
         ({"sequence_length": 1}, "greater than or equal to 2"),
         ({"held_out_fraction": 0.5}, "less than 0.5"),
         ({"held_out_fraction": 0}, "greater than 0"),
-        ({"tokenizer": {"type": "words"}}, "'bytes', 'huggingface', 'sentencepiece'"),
+        ({"tokenizer": {"type": "words"}}, "'bytes', 'hierarchical_bytes', 'huggingface', 'sentencepiece'"),
         ({"source": {"type": "text_files", "path": "a", "pattern": "/a"}}, "must be relative to path"),
         ({"source": {"type": "jsonl"}}, "source.jsonl.path"),
         ({"shuffle": True}, "Extra inputs are not permitted"),
