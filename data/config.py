@@ -87,6 +87,17 @@ class MegatronIndexedSource(_Config):
     )
 
 
+class PreparedSource(_Config):
+    """A directory that ``pretrain data prepare`` wrote, read in place.
+
+    The configured tokenizer is the one that it was prepared with. The directory has its own held-out split, so
+    ``held_out_fraction`` is not looked at.
+    """
+
+    type: Literal["prepared"]
+    path: str = Field(description="the directory that holds manifest.json")
+
+
 class BytesTokenizer(_Config):
     """Ids 0 to 255 are the bytes, 256 is the boundary mark."""
 
@@ -119,7 +130,12 @@ class SentencePieceTokenizer(_Config):
 
 
 SourceConfig = Annotated[
-    StandardLibrarySource | TextFilesSource | JsonlSource | HuggingFaceSource | MegatronIndexedSource,
+    StandardLibrarySource
+    | TextFilesSource
+    | JsonlSource
+    | HuggingFaceSource
+    | MegatronIndexedSource
+    | PreparedSource,
     Field(discriminator="type"),
 ]
 TokenizerConfig = Annotated[
@@ -128,7 +144,7 @@ TokenizerConfig = Annotated[
 ]
 
 # Sources that hold token ids: they are not tokenized, and so not streamed either.
-READ_IN_PLACE = (MegatronIndexedSource,)
+READ_IN_PLACE = (MegatronIndexedSource, PreparedSource)
 
 
 class MixtureSource(_Config):

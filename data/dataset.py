@@ -17,9 +17,10 @@ from data.encoding import Encoder
 from data.errors import DataError
 from data.mixture import Phase
 from data.packing import PackedSamples, SourceSamples
-from data.prepare import held_out, prepare
+from data.prepare import prepare
 from data.samples import ConcatenatedSamples, HeldOutSamples, MixtureSamples, Samples
 from data.sources import open_source
+from data.splitting import held_out
 from data.stream import StreamedSamples, first_held_out
 from data.tokenizers import Tokenizer, open_tokenizer
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 
 from data.config import TokenizerConfig
 from data.errors import DataError
+from data.processes import start_processes
 from data.tokenizers import Tokenizer, open_tokenizer
 
 # Documents go to a process in groups of about this many bytes.
@@ -27,10 +25,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig, workers: int) -> None:
         """``workers``: processes; 0 encodes in this one. Each opens the tokenizer that ``config`` describes."""
         self._tokenizer = tokenizer
-        self._pool = None
-        if workers:
-            # A fork would copy the state of torch's and the tokenizers' own threads, which may hold locks.
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _open_in_process, (config,))
+        self._pool = start_processes(workers, _open_in_process, config) if workers else None
 
     def submit(self, documents: Sequence[bytes]) -> Callable[[], list[np.ndarray]]:
         """Starts encoding ``documents``; calling the result waits for their ids, without marks.
@@ -79,12 +74,10 @@ def _process_died() -> DataError:
 
 
 def _open_in_process(config: TokenizerConfig) -> None:
-    # The processes are the parallelism; threads within each would fight over the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     global _tokenizer
     _tokenizer = open_tokenizer(config)
 
 
-def _encode(documents: list[bytes]) -> list[Any]:
+def _encode(documents: list[bytes]) -> list[np.ndarray]:
     assert _tokenizer is not None
     return _tokenizer.encode_many(documents)

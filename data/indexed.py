@@ -9,20 +9,16 @@ documents are read.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.config import MegatronIndexedSource
 from data.documents import SplitCounts
 from data.errors import DataError
+from data.indexed_format import Index, read_index
 from data.sources import Split
 from data.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 # Datasets up to so many documents, or tokens, are looked at whole when they are opened.
 _INSPECTED_DOCUMENTS = 1 << 16
@@ -78,15 +74,14 @@ class IndexedFile:
                     f"{prefix}{suffix} does not exist; an indexed dataset is a .idx and a .bin file, named in the"
                     " config by their path without the ending."
                 )
-        index = open_indexed_dataset(prefix).index
-        dtype = np.dtype(index.dtype)
+        index = open_index(prefix)
+        dtype = index.dtype
         size = Path(prefix + ".bin").stat().st_size
         # A plain view of the map: slicing an np.memmap object itself is several times slower. No map is empty.
         self.tokens = np.asarray(np.memmap(prefix + ".bin", dtype=dtype, mode="r")) if size else np.zeros(0, dtype)
-        bounds = np.asarray(index.document_indices, dtype=np.int64)
+        bounds = np.asarray(index.document_bounds, dtype=np.int64)
         # Where each sequence starts, in tokens, and where the last one ends.
-        starts = np.append(np.asarray(index.sequence_pointers) // dtype.itemsize, len(self.tokens))
-        self._check_contiguous(starts, index.sequence_lengths)
+        starts = np.append(index.sequence_pointers // dtype.itemsize, len(self.tokens))
         self._starts = starts[bounds[:-1]]
         self.lengths = starts[bounds[1:]] - self._starts
         self._strip_marks()
@@ -106,13 +101,6 @@ class IndexedFile:
                 f"{self.prefix}.bin document {document} does not end with the boundary mark {self.mark}, although the"
                 f" {_INSPECTED_DOCUMENTS:,} documents that were looked at do; write the dataset again, with a mark"
                 " behind every document or behind none."
-            )
-
-    def _check_contiguous(self, starts: np.ndarray, sequence_lengths: np.ndarray) -> None:
-        if not np.array_equal(np.diff(starts), sequence_lengths):
-            raise DataError(
-                f"the sequences of {self.prefix}.bin do not follow one another without gaps, as {self.prefix}.idx has"
-                " them; write the pair again."
             )
 
     def _strip_marks(self) -> None:
@@ -216,22 +204,19 @@ def document_positions(count: int) -> np.ndarray:
     return ((number ^ (number >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-def open_indexed_dataset(prefix: str) -> IndexedDataset:
-    """Megatron's reader of ``prefix``. Raises ``DataError`` for a damaged index or a ``.bin`` cut short."""
-    with warnings.catch_warnings():
-        # Importing Megatron warns about each optional package that it does without.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+def open_index(prefix: str) -> Index:
+    """The index of ``prefix``. Raises ``DataError`` for a damaged index or a ``.bin`` of another size."""
     try:
-        dataset: Any = IndexedDataset(prefix)
-    except Exception as error:
-        # Megatron asserts, and struct, numpy and mmap raise their own, so any exception here means the files.
+        index = read_index(Path(prefix + ".idx"))
+    except ValueError as error:
         raise DataError(
-            f"{prefix}.idx and {prefix}.bin cannot be opened as an indexed dataset ({error or 'bad index'});"
-            " write them again."
+            f"{prefix}.idx and {prefix}.bin cannot be opened as an indexed dataset ({error}); write them again."
         ) from error
-    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
+    problem = index.problem()
+    if problem is not None:
+        raise DataError(f"{prefix}.idx is damaged: {problem}; write the pair again.")
+    expected = index.tokens * index.dtype.itemsize
     actual = Path(prefix + ".bin").stat().st_size
     if actual != expected:
         raise DataError(f"{prefix}.bin has {actual} bytes but its index says {expected}; copy or write the pair again.")
-    return dataset
+    return index

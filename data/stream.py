@@ -27,8 +27,8 @@ from data.documents import SplitCounts, TokenizedDocuments
 from data.errors import DataError
 from data.order import BLOCK_SAMPLES, permutation
 from data.packing import SourceSamples
-from data.prepare import held_out
 from data.sources import Source
+from data.splitting import held_out
 from data.tokenizers import Tokenizer
 
 # So many places in the stream are remembered; an older one is looked for from the source's beginning.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.prepare import held_out, identity_position
 from data.sources import Split, open_source
+from data.splitting import held_out, identity_position
 
 ONLY_SOURCE = "source"
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_tokenizer
+from pretrain import cli_data, cli_tokenizer
 from pretrain.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -43,6 +43,7 @@ checkpoint_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed, with a peer beside us in the same run.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_tokenizer.app, name="tokenizer")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]

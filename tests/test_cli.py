@@ -24,6 +24,7 @@ COMMANDS = [
     "checkpoint",
     "bench",
     "tokenizer",
+    "data",
 ]
 
 

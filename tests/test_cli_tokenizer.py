@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from data.config import DataConfig
 from data.dataset import open_data
 from data.errors import DataError
-from data.prepare import held_out
+from data.splitting import held_out
 from data.tokenizers import training
 from pretrain import cli, tokenizer_commands
 from pretrain.config import load_data_config

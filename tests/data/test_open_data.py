@@ -11,10 +11,11 @@ import pytest
 
 from data.config import DataConfig
 from data.dataset import Data, open_data
-from data.documents import verify_prepared
 from data.errors import DataError
-from data.prepare import held_out, identity_position
+from data.preparation.verifying import verify
 from data.sources import open_source
+from data.splitting import held_out, identity_position
+from tests.data.preparing import all_documents
 
 
 def config(source: dict, **settings: object) -> DataConfig:
@@ -33,11 +34,15 @@ def prepared_directory(cache: Path) -> Path:
 
 
 def stored_documents(data: Data, split: str) -> list[bytes]:
-    documents = getattr(data, split).documents
-    pairs = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
-    pieces = [documents.tokens[start:end] for start, end in pairs]
+    pieces = all_documents(getattr(data, split).documents)
     assert all(piece[0] == data.tokenizer.boundary_id for piece in pieces)
     return [data.tokenizer.decode(piece[1:]) for piece in pieces]
+
+
+def is_whole(cache: Path) -> bool:
+    """Whether the only prepared directory of a cache is finished and undamaged, and nothing else lies there."""
+    (directory,) = cache.iterdir()
+    return verify(directory).problems == [] and not list(directory.glob("*.partial-*"))
 
 
 def test_every_document_is_on_its_side(text_directory: Path) -> None:
@@ -76,7 +81,7 @@ def test_the_cache_changes_nothing(
         assert (data.fingerprint, data.summary) == (in_memory.fingerprint, in_memory.summary)
         assert data.train.batch(range(9)).tokens.tolist() == in_memory.train.batch(range(9)).tokens.tolist()
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1
-    assert set(verify_prepared(prepared_directory(cache))) == {"train", "held_out"}
+    assert is_whole(cache)
 
 
 def test_the_second_start_does_not_tokenize(text_directory: Path, tmp_path: Path, monkeypatch) -> None:
@@ -124,7 +129,7 @@ def test_several_processes_may_open_at_once(text_directory: Path, tmp_path: Path
     for process in processes:
         process.join()
     assert fingerprints == {open_data(text_files(text_directory), seed=0).fingerprint}
-    verify_prepared(prepared_directory(tmp_path / "cache"))
+    assert is_whole(tmp_path / "cache")
 
 
 def test_without_locks_the_first_to_finish_is_kept(text_directory: Path, tmp_path: Path, monkeypatch) -> None:
@@ -133,48 +138,58 @@ def test_without_locks_the_first_to_finish_is_kept(text_directory: Path, tmp_pat
 
     cache = tmp_path / "cache"
     cached = text_files(text_directory, cache_directory=str(cache))
-    monkeypatch.setattr("data.prepare.fcntl.flock", no_locks)
-    rename = Path.rename
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    replace = Path.replace
 
     def someone_else_is_faster(self: Path, target: Path) -> Path:
-        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(Path, "replace", replace)
         open_data(cached, seed=0)
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", someone_else_is_faster)
+    monkeypatch.setattr(Path, "replace", someone_else_is_faster)
     data = open_data(cached, seed=0)
     assert data.fingerprint == open_data(text_files(text_directory), seed=0).fingerprint
-    verify_prepared(prepared_directory(cache))
+    assert is_whole(cache)
 
 
-def test_an_interrupted_preparation_leaves_nothing(text_directory: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_preparation_is_not_taken_for_a_whole_one(
+    text_directory: Path, tmp_path: Path, monkeypatch
+) -> None:
     cache = tmp_path / "cache"
+    cached = text_files(text_directory, cache_directory=str(cache))
+    replace = Path.replace
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        return replace(self, target)
 
-    monkeypatch.setattr("data.prepare._flush_to_disk", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        open_data(text_files(text_directory, cache_directory=str(cache)), seed=0)
-    assert [path for path in cache.iterdir() if path.is_dir()] == []
+        open_data(cached, seed=0)
+    directory = prepared_directory(cache)
+    assert not (directory / "manifest.json").exists() and not list(directory.glob("*.partial-*"))
+    monkeypatch.undo()
+    assert open_data(cached, seed=0).fingerprint == open_data(text_files(text_directory), seed=0).fingerprint
+    assert is_whole(cache)
 
 
 def test_damaged_prepared_data(text_directory: Path, tmp_path: Path) -> None:
     cached = text_files(text_directory, cache_directory=str(tmp_path / "cache"))
     open_data(cached, seed=0)
     directory = prepared_directory(tmp_path / "cache")
-    tokens = directory / "train_tokens.bin"
+    tokens = directory / "train-00000.bin"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:10] + b"\x01" + whole[11:])
-    with pytest.raises(DataError, match="train_tokens.bin has changed since.*delete that directory"):
-        verify_prepared(directory)
+    (problem,) = verify(directory).problems
+    assert "train-00000.bin has changed since it was written" in problem
     for damaged in (whole[:-2], whole[:-1], b""):
         tokens.write_bytes(damaged)
-        with pytest.raises(DataError, match="is damaged .*delete that directory"):
+        with pytest.raises(DataError, match="train-00000.bin has .* bytes, but .* when it was written.*anew"):
             open_data(cached, seed=0)
     tokens.write_bytes(whole)
-    (directory / "metadata.json").write_text(json.dumps({}))
-    with pytest.raises(DataError, match="is damaged"):
+    (directory / "manifest.json").write_text(json.dumps({}))
+    with pytest.raises(DataError, match="manifest.json is damaged .*or delete"):
         open_data(cached, seed=0)
 
 

@@ -29,8 +29,8 @@ from data.encoding import Encoder
 from data.errors import DataError
 from data.mixture import Phase
 from data.order import BLOCK_ORDER, BLOCK_SIZE, permutation, random_fraction, rank_share
-from data.prepare import held_out
 from data.sources import Cursor, Document, DocumentReader
+from data.splitting import held_out
 from data.stream import StreamedSamples
 from data.tokenizers.byte_level import ByteTokenizer
 

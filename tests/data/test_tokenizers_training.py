@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig, HuggingFaceTokenizer, SentencePieceTokenizer
 from data.errors import DataError
-from data.prepare import held_out
+from data.splitting import held_out
 from data.text_sample import ONLY_SOURCE, sample_text
 from data.tokenizers import Tokenizer, open_tokenizer
 from data.tokenizers.comparison import measure_tokenizer
