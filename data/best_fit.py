@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import bisect
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.batch import Rows, SampleFormat
-from data.documents import StoredDocuments, read_stream
+from data.documents import Piece, StoredDocuments, read_pieces, read_stream
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 from data.packing import EpochOrders, SourceSamples
@@ -135,17 +136,24 @@ class Packing:
             parts.append(by_length[start : start + item.count])
         return np.concatenate(parts)
 
-    def read(self, documents: StoredDocuments, pieces: np.ndarray, rows: Rows, row: int) -> None:
-        """Writes pieces into row ``row``: tokens, where each starts, and how many predictions count."""
-        position = 0
-        out, starts = rows.tokens[row], rows.starts[row]
-        for piece in pieces.tolist():
-            length = int(self.lengths[piece])
-            documents.read(int(self.documents[piece]), int(self.firsts[piece]), out[position : position + length])
-            starts[position] = True
-            position += length
-        # Behind the last piece stands a mark, if there is room: the end of its document.
-        rows.valid[row] = min(position, self.capacity - 1)
+    def read(self, documents: StoredDocuments, samples: Sequence[np.ndarray], boundary_id: int) -> Rows:
+        """The rows of samples of which each is given by the numbers of its pieces."""
+        raw = np.full(len(samples) * self.capacity, boundary_id, dtype=documents.raw_type)
+        starts = np.zeros(len(raw), dtype=bool)
+        valid = np.zeros(len(samples), dtype=np.int64)
+        wanted: list[Piece] = []
+        for row, pieces in enumerate(samples):
+            begin = position = row * self.capacity
+            lengths, firsts = self.lengths[pieces].tolist(), self.firsts[pieces].tolist()
+            for document, first, length in zip(self.documents[pieces].tolist(), firsts, lengths, strict=True):
+                wanted.append((document, first, position, position + length))
+                starts[position] = True
+                position += length
+            # Behind the last piece stands a mark, if there is room: the end of its document.
+            valid[row] = min(position - begin, self.capacity - 1)
+        read_pieces(documents, wanted, raw)
+        shape = (len(samples), self.capacity)
+        return Rows(raw.astype(np.int64).reshape(shape), valid, starts.reshape(shape))
 
 
 @dataclass(frozen=True)
@@ -181,22 +189,16 @@ class BestFitSamples(SourceSamples):
         return read_stream(self.documents, limit)
 
     def rows(self, indices: list[int]) -> Rows:
-        rows = with_starts(self.format.padding(len(indices)))
-        for row, index in enumerate(indices):
+        samples = []
+        for index in indices:
             if index < 0:
                 raise IndexError(f"sample {index}: samples are counted from 0")
             epoch, within = divmod(index, self.samples_per_epoch)
             order = self._orders[epoch]
-            pieces = self.packing.pieces(order.by_length, int(order.samples[within]))
-            self.packing.read(self.documents, pieces, rows, row)
-        return rows
+            samples.append(self.packing.pieces(order.by_length, int(order.samples[within])))
+        return self.packing.read(self.documents, samples, self.format.boundary_id)
 
     def _make_order(self, epoch: int) -> _EpochOrder:
         pieces = permutation(len(self.packing.lengths), self.seed, epoch, DOCUMENT_ORDER)
         samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
         return _EpochOrder(self.packing.by_length(pieces), samples)
-
-
-def with_starts(rows: Rows) -> Rows:
-    """The same rows with room for starts where no mark stands."""
-    return Rows(rows.tokens, rows.valid, np.zeros(rows.tokens.shape, dtype=bool))

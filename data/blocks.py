@@ -43,16 +43,6 @@ class Block:
     tokens: np.ndarray  # ids, the mark in front of each document
     offsets: np.ndarray  # (number of documents + 1,) int64
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """(number of documents,) int64."""
-        return np.diff(self.offsets)
-
-    def read(self, document: int, first: int, out: np.ndarray) -> None:
-        """Copies tokens ``first`` onwards of a document until ``out`` is full."""
-        start = int(self.offsets[document]) + first
-        out[:] = self.tokens[start : start + len(out)]
-
 
 @dataclass(frozen=True)
 class BlockReader:

@@ -130,12 +130,7 @@ class SentencePieceTokenizer(_Config):
 
 
 SourceConfig = Annotated[
-    StandardLibrarySource
-    | TextFilesSource
-    | JsonlSource
-    | HuggingFaceSource
-    | MegatronIndexedSource
-    | PreparedSource,
+    StandardLibrarySource | TextFilesSource | JsonlSource | HuggingFaceSource | MegatronIndexedSource | PreparedSource,
     Field(discriminator="type"),
 ]
 TokenizerConfig = Annotated[

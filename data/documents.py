@@ -33,9 +33,34 @@ class StoredDocuments(Protocol):
 
     counts: SplitCounts
     lengths: np.ndarray  # (number of documents,) int64, the mark counted
+    raw_type: np.dtype  # of ids as they are stored, read as if they had no sign
+    id_limit: int  # ids as they are stored should be below it
 
     def read(self, document: int, first: int, out: np.ndarray) -> None:
-        """Copies tokens ``first`` onwards of a document until ``out`` is full; there are at least so many."""
+        """Copies tokens ``first`` onwards of a document until ``out``, of any type, is full; there are so many.
+
+        Raises ``DataError``, which names file and document, for an id that no tokenizer wrote there.
+        """
+
+    def copy(self, document: int, first: int, out: np.ndarray) -> None:
+        """The same, without a look at the ids, into ``out`` of type ``raw_type``."""
+
+
+# Part of a document and where it goes: document, its first token, and from where to where in a buffer.
+Piece = tuple[int, int, int, int]
+
+
+def read_pieces(documents: StoredDocuments, pieces: Sequence[Piece], raw: np.ndarray) -> None:
+    """Copies many pieces into the flat buffer ``raw`` of ``documents.raw_type``, whose ids are looked at once.
+
+    Raises what ``documents.read`` does. The rest of ``raw`` must hold ids below ``documents.id_limit``.
+    """
+    copy = documents.copy
+    for document, first, start, end in pieces:
+        copy(document, first, raw[start:end])
+    if raw.size and raw.max() >= documents.id_limit:
+        for document, first, start, end in pieces:
+            documents.read(document, first, raw[start:end])
 
 
 @dataclass(frozen=True)
@@ -51,10 +76,22 @@ class TokenizedDocuments:
         """(number of documents,) int64."""
         return np.diff(self.offsets)
 
+    @property
+    def raw_type(self) -> np.dtype:
+        """Of the ids, as if they had no sign."""
+        return np.dtype(f"u{self.tokens.dtype.itemsize}")
+
+    @property
+    def id_limit(self) -> int:
+        """Beyond every id: they came from the tokenizer itself."""
+        return 1 << 8 * self.tokens.dtype.itemsize
+
     def read(self, document: int, first: int, out: np.ndarray) -> None:
         """Copies tokens ``first`` onwards of a document until ``out`` is full."""
         start = int(self.offsets[document]) + first
         out[:] = self.tokens[start : start + len(out)]
+
+    copy = read
 
 
 def read_stream(documents: StoredDocuments, limit: int) -> np.ndarray:

@@ -37,6 +37,8 @@ class IndexedDocuments:
         kept = lengths > 0
         self._file = file
         self._numbers = chosen[kept]
+        self._starts = file.starts[self._numbers]
+        self.raw_type, self.id_limit = file.raw.dtype, file.vocab_size
         self.lengths: np.ndarray = lengths[kept] + 1
         self.counts = SplitCounts(
             documents=len(self.lengths),
@@ -52,11 +54,21 @@ class IndexedDocuments:
 
         Raises ``DataError`` for an id that the tokenizer does not have.
         """
-        if first == 0 and len(out):
-            out[0] = self._file.mark
-            self._file.read(int(self._numbers[document]), 0, out[1:])
+        self.copy(document, first, out)
+        if len(out) and not (0 <= out.min() and out.max() < self.id_limit):
+            self._file.refuse_id(int(self._numbers[document]), out)
+
+    def copy(self, document: int, first: int, out: np.ndarray) -> None:
+        """The same, without a look at the ids, into ``out`` of type ``raw_type``."""
+        start = self._starts.item(document)
+        if first:
+            start += first - 1
         else:
-            self._file.read(int(self._numbers[document]), first - 1, out)
+            out[:1] = self._file.mark
+            out = out[1:]
+        out[:] = self._file.raw[start : start + len(out)]
+        if self._file.marks_behind_are_assumed:
+            self._file.check_mark(int(self._numbers[document]), start + len(out))
 
 
 class IndexedFile:
@@ -79,24 +91,20 @@ class IndexedFile:
         size = Path(prefix + ".bin").stat().st_size
         # A plain view of the map: slicing an np.memmap object itself is several times slower. No map is empty.
         self.tokens = np.asarray(np.memmap(prefix + ".bin", dtype=dtype, mode="r")) if size else np.zeros(0, dtype)
+        # The same as if they had no sign: a negative id is then beyond any vocabulary.
+        self.raw = self.tokens.view(f"u{dtype.itemsize}")
         bounds = np.asarray(index.document_bounds, dtype=np.int64)
         # Where each sequence starts, in tokens, and where the last one ends.
         starts = np.append(index.sequence_pointers // dtype.itemsize, len(self.tokens))
-        self._starts = starts[bounds[:-1]]
-        self.lengths = starts[bounds[1:]] - self._starts
+        self.starts = starts[bounds[:-1]]
+        self.lengths = starts[bounds[1:]] - self.starts
         self._strip_marks()
         if len(self.tokens) <= _INSPECTED_TOKENS:
             self._check_every_id()
 
-    def read(self, document: int, first: int, out: np.ndarray) -> None:
-        """Copies tokens ``first`` onwards of a document, marks at its ends left out, until ``out`` is full."""
-        start = int(self._starts[document]) + first
-        piece = self.tokens[start : start + len(out)]
-        out[:] = piece
-        if len(out) and not (0 <= out.min() and out.max() < self.vocab_size):
-            self._refuse_id(document, piece)
-        ends_here = first + len(out) == self.lengths[document]
-        if self._marks_behind_are_assumed and ends_here and self.tokens[start + len(out)] != self.mark:
+    def check_mark(self, document: int, end: int) -> None:
+        """Raises ``DataError`` where a document ends in front of the file's token ``end`` and that is no mark."""
+        if end == self.starts[document] + self.lengths[document] and self.tokens[end] != self.mark:
             raise DataError(
                 f"{self.prefix}.bin document {document} does not end with the boundary mark {self.mark}, although the"
                 f" {_INSPECTED_DOCUMENTS:,} documents that were looked at do; write the dataset again, with a mark"
@@ -113,13 +121,13 @@ class IndexedFile:
         everything = count <= _INSPECTED_DOCUMENTS
         looked_at = np.arange(count) if everything else np.linspace(0, count - 1, _INSPECTED_DOCUMENTS).astype(np.int64)
         looked_at = looked_at[self.lengths[looked_at] > 0]
-        behind = self.tokens[self._starts[looked_at] + self.lengths[looked_at] - 1] == self.mark
+        behind = self.tokens[self.starts[looked_at] + self.lengths[looked_at] - 1] == self.mark
         left = self.lengths[looked_at] - behind
-        front = (left > 0) & (self.tokens[self._starts[looked_at]] == self.mark)
-        self._marks_behind_are_assumed = not everything and bool(behind.all())
+        front = (left > 0) & (self.tokens[self.starts[looked_at]] == self.mark)
+        self.marks_behind_are_assumed = not everything and bool(behind.all())
         if everything:
             self.lengths[looked_at] = left - front
-            self._starts[looked_at] += front
+            self.starts[looked_at] += front
             return
         for where, found in (("behind", behind), ("in front of", front)):
             if found.any() and not found.all():
@@ -129,16 +137,17 @@ class IndexedFile:
                     " again in one form."
                 )
         self.lengths = np.maximum(self.lengths - int(behind.all()) - int(front.all()), 0)
-        self._starts += int(front.all())
+        self.starts += int(front.all())
 
     def _check_every_id(self) -> None:
         outside = (self.tokens < 0) | (self.tokens >= self.vocab_size)
         if outside.any():
             position = int(outside.argmax())
-            document = int(np.searchsorted(self._starts, position, side="right")) - 1
-            self._refuse_id(max(document, 0), self.tokens[position : position + 1])
+            document = int(np.searchsorted(self.starts, position, side="right")) - 1
+            self.refuse_id(max(document, 0), self.tokens[position : position + 1])
 
-    def _refuse_id(self, document: int, ids: np.ndarray) -> None:
+    def refuse_id(self, document: int, ids: np.ndarray) -> None:
+        """Raises ``DataError`` for the first of ``ids`` that the tokenizer does not have."""
         outside = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
         raise DataError(
             f"{self.prefix}.bin document {document} holds the id {outside}, but the tokenizer has the ids 0 to"

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from data.batch import Batch, Rows, SampleFormat
-from data.documents import StoredDocuments, read_stream
+from data.documents import Piece, StoredDocuments, read_pieces, read_stream
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 
@@ -97,6 +97,22 @@ class _EpochOrder:
     stream_starts: np.ndarray  # (D + 1,) where it starts in the concatenation
     samples: np.ndarray | None  # (samples per epoch,) or None for 0, 1, 2, ...
 
+    def add_pieces(self, start: int, end: int, target: int, pieces: list[Piece]) -> None:
+        """Adds what positions start to end - 1 of the concatenation are made of, to be copied to ``target``."""
+        place = int(self.stream_starts.searchsorted(start, side="right")) - 1
+        # Plain numbers, since arithmetic on NumPy's is several times slower; one more than a row often needs.
+        starts = self.stream_starts[place : place + 8].tolist()
+        shift, known = target - start, place
+        while start < end:
+            if place + 1 - known >= len(starts):
+                known = place
+                starts = self.stream_starts[place : place + 64].tolist()
+            piece_end = min(end, starts[place + 1 - known])
+            document = place if self.documents is None else int(self.documents[place])
+            pieces.append((document, start - starts[place - known], start + shift, piece_end + shift))
+            start = piece_end
+            place += 1
+
 
 class PackedSamples(SourceSamples):
     """Samples of one split, each computed on demand from its index alone.
@@ -133,9 +149,10 @@ class PackedSamples(SourceSamples):
         return read_stream(self.documents, limit)
 
     def rows(self, indices: list[int]) -> Rows:
-        length = self.format.sequence_length
-        total = self.documents.counts.tokens
-        rows = self.format.padding(len(indices))
+        width, total = self.format.sequence_length + 1, self.documents.counts.tokens
+        raw = np.full(len(indices) * width, self.format.boundary_id, dtype=self.documents.raw_type)
+        valid = np.zeros(len(indices), dtype=np.int64)
+        pieces: list[Piece] = []
         for row, index in enumerate(indices):
             if index < 0:
                 raise IndexError(f"sample {index}: samples are counted from 0")
@@ -146,23 +163,12 @@ class PackedSamples(SourceSamples):
             else:
                 continue
             order = self._orders[epoch]
-            start = int(within if order.samples is None else order.samples[within]) * length
-            end = min(start + length + 1, total)
-            self._read(order, start, end, rows.tokens[row])
-            rows.valid[row] = end - start - 1
-        return rows
-
-    def _read(self, order: _EpochOrder, start: int, end: int, out: np.ndarray) -> None:
-        """Copies positions start to end - 1 of the concatenation to the front of ``out``, as int64."""
-        place = int(np.searchsorted(order.stream_starts, start, side="right")) - 1
-        position = start
-        while position < end:
-            document = place if order.documents is None else int(order.documents[place])
-            piece_end = min(end, int(order.stream_starts[place + 1]))
-            first = position - int(order.stream_starts[place])
-            self.documents.read(document, first, out[position - start : piece_end - start])
-            position = piece_end
-            place += 1
+            start = int(within if order.samples is None else order.samples[within]) * (width - 1)
+            end = min(start + width, total)
+            order.add_pieces(start, end, row * width, pieces)
+            valid[row] = end - start - 1
+        read_pieces(self.documents, pieces, raw)
+        return Rows(raw.astype(np.int64).reshape(-1, width), valid)
 
     def _make_order(self, epoch: int) -> _EpochOrder:
         lengths = self.documents.lengths

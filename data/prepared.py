@@ -54,8 +54,8 @@ class PreparedDocuments:
         ends = np.cumsum([0, *(int(part.sum(dtype=np.int64)) for part in lengths)])
         self._shard_starts: list[int] = ends[:-1].tolist()
         # Ids are read as if they had no sign: a negative one is then beyond any vocabulary.
-        self._dtype = np.dtype(np.uint16) if dtype == np.uint16 else np.dtype(np.uint32)
-        self._vocab_size, self._boundary_id = vocab_size, boundary_id
+        self.raw_type = np.dtype(np.uint16) if dtype == np.uint16 else np.dtype(np.uint32)
+        self.id_limit, self._boundary_id = vocab_size, boundary_id
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._opened)
 
     def read(self, document: int, first: int, out: np.ndarray) -> None:
@@ -63,17 +63,23 @@ class PreparedDocuments:
 
         Raises ``DataError``, which names the file, where it cannot be read or holds what no tokenizer wrote there.
         """
+        ids = np.empty(len(out), dtype=self.raw_type)
+        self.copy(document, first, ids)
+        if len(ids) and ids.max() >= self.id_limit:
+            self._refuse(document, first, ids)
+        out[:] = ids
+
+    def copy(self, document: int, first: int, out: np.ndarray) -> None:
+        """The same, without a look at any id but a document's first, into ``out`` of type ``raw_type``."""
         start = int(self._starts[document]) + first
         shard = bisect.bisect_right(self._shard_starts, start) - 1
-        ids = np.empty(len(out), dtype=self._dtype)
-        self._fill(shard, start - self._shard_starts[shard], ids)
-        if len(ids) and (ids.max() >= self._vocab_size or (not first and ids[0] != self._boundary_id)):
-            self._refuse(shard, document, ids)
-        out[:] = ids
+        self._fill(shard, start - self._shard_starts[shard], out)
+        if not first and len(out) and out[0] != self._boundary_id:
+            self._refuse(document, first, out)
 
     def _fill(self, shard: int, start: int, ids: np.ndarray) -> None:
         """Reads ids of a shard's file."""
-        offset = start * self._dtype.itemsize
+        offset = start * self.raw_type.itemsize
         try:
             file = self._open(shard)
             count = os.preadv(file.descriptor, [ids], offset)
@@ -91,12 +97,13 @@ class PreparedDocuments:
                 f"{self._binaries[shard]} cannot be read ({error.strerror}); check the file and its disk."
             ) from error
 
-    def _refuse(self, shard: int, document: int, ids: np.ndarray) -> None:
-        outside = ids[ids >= self._vocab_size]
+    def _refuse(self, document: int, first: int, ids: np.ndarray) -> None:
+        shard = bisect.bisect_right(self._shard_starts, int(self._starts[document]) + first) - 1
+        outside = ids[ids >= self.id_limit]
         what = f"the id {outside[0]}" if len(outside) else f"the id {ids[0]} where a document begins"
         raise DataError(
             f"{self._binaries[shard]} is damaged: its split's document {document} holds {what}, but ids are below"
-            f" {self._vocab_size} and documents begin with {self._boundary_id}; `pretrain data verify` says which files"
+            f" {self.id_limit} and documents begin with {self._boundary_id}; `pretrain data verify` says which files"
             " to copy or prepare again."
         )
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.batch import Rows, SampleFormat
-from data.best_fit import Packing, with_starts
+from data.best_fit import Packing
 from data.blocks import BackgroundBlocks, Block, BlockReader, BlockStart
 from data.documents import SplitCounts, TokenizedDocuments
 from data.errors import DataError
@@ -36,6 +36,20 @@ _KNOWN_BLOCKS = 2048
 
 
 @dataclass(frozen=True)
+class _PackedBlock:
+    """Whole documents of one block in samples; they are in random order already, and so are the samples here."""
+
+    documents: TokenizedDocuments
+    packing: Packing
+    order: np.ndarray  # (samples,)
+
+    def rows(self, sample: int, boundary_id: int) -> Rows:
+        """One sample of the block."""
+        pieces = self.packing.pieces(self.packing.by_length_as_stored, int(self.order[sample]))
+        return self.packing.read(self.documents, [pieces], boundary_id)
+
+
+@dataclass(frozen=True)
 class _Placed:
     """A block of the stream, and which part of the stream it is.
 
@@ -45,12 +59,7 @@ class _Placed:
     block: Block
     begin: int
     end: int
-    packing: Packing | None = None
-    order: np.ndarray | None = None  # (samples,) of a block that is packed
-
-    def pieces(self, sample: int) -> np.ndarray:
-        """Pieces of a sample of the stream; the block's documents are in random order already."""
-        return self.packing.pieces(self.packing.by_length_as_stored, int(self.order[sample - self.begin]))
+    packed: _PackedBlock | None = None
 
 
 class StreamedSamples(SourceSamples):
@@ -72,10 +81,10 @@ class StreamedSamples(SourceSamples):
         self._lock = threading.Lock()
 
     def rows(self, indices: list[int]) -> Rows:
+        write = self._write_packed if self._is_packed else self._write_concatenated
         rows = self.format.padding(len(indices))
         if self._is_packed:
-            rows = with_starts(rows)
-        write = self._write_packed if self._is_packed else self._write_concatenated
+            rows = Rows(rows.tokens, rows.valid, np.zeros(rows.tokens.shape, dtype=bool))
         with self._lock:
             for row, index in enumerate(indices):
                 if index < 0:
@@ -167,14 +176,19 @@ class StreamedSamples(SourceSamples):
             if block.start.epoch > self._starts[-1].epoch + 1:
                 raise DataError("the tokenizer makes no token of any document of data.source; give other text.")
             return
-        packing = order = None
-        size = len(block.tokens)
+        packed, size = None, len(block.tokens)
         if self._is_packed:
-            packing = Packing(block.lengths, self.format.sequence_length + 1)
-            size = packing.samples
-            order = permutation(size, self.reader.seed, block.start.epoch, BLOCK_SAMPLES, block.start.number)
-        self._placed.append(_Placed(block, begin, begin + size, packing, order))
+            packed = self._packed(block)
+            size = packed.packing.samples
+        self._placed.append(_Placed(block, begin, begin + size, packed))
         self._next_begin = begin + size
+
+    def _packed(self, block: Block) -> _PackedBlock:
+        documents = documents_of(block.tokens, block.offsets)
+        packing = Packing(documents.lengths, self.format.sequence_length + 1)
+        start = block.start
+        order = permutation(packing.samples, self.reader.seed, start.epoch, BLOCK_SAMPLES, start.number)
+        return _PackedBlock(documents, packing, order)
 
     def _write_concatenated(self, rows: Rows, row: int, begin: int, end: int) -> None:
         for placed in self._placed:
@@ -186,7 +200,9 @@ class StreamedSamples(SourceSamples):
 
     def _write_packed(self, rows: Rows, row: int, begin: int, end: int) -> None:
         placed = next(placed for placed in self._placed if placed.begin <= begin < placed.end)
-        placed.packing.read(placed.block, placed.pieces(begin), rows, row)
+        assert placed.packed is not None
+        found = placed.packed.rows(begin - placed.begin, self.format.boundary_id)
+        rows.tokens[row], rows.valid[row], rows.starts[row] = found.tokens[0], found.valid[0], found.starts[0]
 
 
 def first_held_out(source: Source, tokenizer: Tokenizer, fraction: float, tokens: int) -> TokenizedDocuments:
@@ -211,14 +227,18 @@ def first_held_out(source: Source, tokenizer: Tokenizer, fraction: float, tokens
             f"no document of data.source falls into the held-out split at data.held_out_fraction {fraction}; raise the"
             " fraction or give more documents."
         )
-    stored = np.concatenate(documents).astype(np.uint32)
     offsets = np.cumsum([0, *(1 + len(ids) for ids in documents[1::2])])
+    return documents_of(np.concatenate(documents).astype(np.uint32), offsets, raw_bytes, empty)
+
+
+def documents_of(tokens: np.ndarray, offsets: np.ndarray, raw_bytes: int = 0, empty: int = 0) -> TokenizedDocuments:
+    """Documents in memory, counted."""
     counts = SplitCounts(
-        documents=len(documents) // 2,
-        tokens=len(stored),
-        bytes=raw_bytes,
+        documents=len(offsets) - 1,
+        tokens=len(tokens),
+        bytes=raw_bytes or None,
         empty_documents=empty,
         invalid_utf8_documents=0,
-        sha256=hashlib.sha256(stored).hexdigest(),
+        sha256=hashlib.sha256(tokens).hexdigest(),
     )
-    return TokenizedDocuments(stored, offsets, counts)
+    return TokenizedDocuments(tokens, offsets, counts)
