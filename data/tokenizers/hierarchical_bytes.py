@@ -50,18 +50,19 @@ class HierarchicalByteTokenizer(ByteTokenizer):
 
     def _encode(self, document: bytes) -> np.ndarray:
         ids = np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
-        lengths = np.fromiter(self._word_lengths(document), dtype=np.int64)
+        lengths = np.array(self._word_lengths(document), dtype=np.int64)
         ids[np.cumsum(lengths) - lengths] += WORD_START_FLAG
         return ids
 
-    def _word_lengths(self, document: bytes) -> Iterator[int]:
+    def _word_lengths(self, document: bytes) -> list[int]:
         """The bytes of each word, in order."""
+        lengths: list[int] = []
         text = document.decode("utf-8", errors="surrogateescape")
         # Every second part is what the expression matches.
         for number, part in enumerate(_INVALID_BYTES.split(text)):
             if number % 2:
                 whole, rest = divmod(len(part), self.maximum_word_bytes)
-                yield from [self.maximum_word_bytes] * whole + [rest] * (rest > 0)
+                lengths += [self.maximum_word_bytes] * whole + [rest] * (rest > 0)
                 continue
             for block in _blocks(part):
                 words = self._splitter.split_with_limit(block, self.maximum_word_bytes)
@@ -70,7 +71,8 @@ class HierarchicalByteTokenizer(ByteTokenizer):
                         f"hat-splitter {_splitter_version()} does not keep every byte of {block[:40]!r}...; install"
                         " a version that does, or use data.tokenizer.type=bytes."
                     )
-                yield from map(len, words)
+                lengths.extend(map(len, words))
+        return lengths
 
     def fingerprint(self) -> str:
         # The version, because each comes with its own tables of Unicode.

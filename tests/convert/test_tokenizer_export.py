@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -27,6 +27,7 @@ def exported_bytes(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokeni
     return AutoTokenizer.from_pretrained(directory)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=100))
 def test_ids_are_the_bytes(exported_bytes: PreTrainedTokenizerFast, text: str) -> None:
     ids = exported_bytes.encode(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -34,6 +34,7 @@ def test_bytes_round_trip(hostile_document: bytes) -> None:
     assert BYTES.decode(ids) == hostile_document
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_round_trip_of_anything(content: bytes) -> None:
     assert BYTES.decode(BYTES.encode(content)) == content
