@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.errors import DataError
+from data.processes import usable_cores
 
 # Tokenizers of bytes: ids 0 to 255 are the bytes, and this is the boundary mark.
 BYTES_BOUNDARY_ID = 256
@@ -106,7 +107,7 @@ def tokenizing_threads() -> int:
     same for every tokenizer here.
     """
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("", "on", "true", "t", "yes", "y", "1"):
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         asked = os.environ.get("RAYON_NUM_THREADS", "")
         return min(int(asked), cores) if asked.isdecimal() and int(asked) > 0 else cores
     return 1

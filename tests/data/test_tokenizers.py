@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from data.config import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 from data.errors import DataError
-from data.tokenizers import Tokenizer, open_tokenizer
+from data.tokenizers import Tokenizer, base, open_tokenizer
 from data.tokenizers.huggingface import byte_level_alphabet
 
 BYTES = open_tokenizer(BytesTokenizer(type="bytes"))
@@ -38,6 +38,17 @@ def test_bytes_round_trip(hostile_document: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_bytes_round_trip_of_anything(content: bytes) -> None:
     assert BYTES.decode(BYTES.encode(content)) == content
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "threads", "expected"),
+    [("", "", 8), ("true", "", 8), ("1", "3", 3), ("", "99", 8), ("", "0", 8), ("false", "", 1), ("off", "3", 1)],
+)
+def test_threads(parallelism: str, threads: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "usable_cores", lambda: 8)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+    monkeypatch.setenv("RAYON_NUM_THREADS", threads)
+    assert base.tokenizing_threads() == expected
 
 
 def test_bytes_vocabulary() -> None:
