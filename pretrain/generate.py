@@ -16,6 +16,7 @@ from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
 from pretrain.models.loading import load_decoder
 from pretrain.models.mixer import State
+from pretrain.models.states import join_rows, select_rows
 
 # Logits are made for a whole segment of a prompt; this bounds their memory for long ones.
 PROMPT_SEGMENT = 4096
@@ -105,7 +106,7 @@ def generate(
             if not going_on:
                 break
             if len(going_on) < len(rows):
-                states = _select_rows(states, going_on)
+                states = select_rows(states, going_on)
             rows = [rows[position] for position in going_on]
             logits, states = model.logits(drawn[going_on].unsqueeze(1), states)
             logits = logits[:, -1]
@@ -154,33 +155,7 @@ def _read_prompts(model: Decoder, encoded: list[list[int]]) -> tuple[list[int], 
         order += rows
         all_logits.append(logits[:, -1])
         all_states.append(states)
-    return order, torch.cat(all_logits), _join_rows(all_states)
-
-
-def _join_rows(states: Sequence[dict[str, State]]) -> dict[str, State]:
-    """States of several batches as those of one.
-
-    Of a tensor that grows the newest entries are last, and zeros in front of them are entries that do not count.
-    """
-    joined: dict[str, State] = {}
-    for layer, state in states[0].items():
-        joined[layer] = {}
-        for name in state:
-            tensors = [of_batch[layer][name] for of_batch in states]
-            longest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-            joined[layer][name] = torch.cat([_padded_in_front(tensor, longest) for tensor in tensors])
-    return joined
-
-
-def _padded_in_front(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``tensor`` with zeros in front until its dimensions after the first have these sizes."""
-    missing = [most - size for most, size in zip(sizes, tensor.shape[1:], strict=True)]
-    # Torch takes the last dimension first.
-    return torch.nn.functional.pad(tensor, [edge for amount in reversed(missing) for edge in (amount, 0)])
-
-
-def _select_rows(states: dict[str, State], rows: list[int]) -> dict[str, State]:
-    return {layer: {name: tensor[rows] for name, tensor in state.items()} for layer, state in states.items()}
+    return order, torch.cat(all_logits), join_rows(all_states)
 
 
 def _generator(seed: int, row: int) -> Generator:

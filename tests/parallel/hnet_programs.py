@@ -1,0 +1,33 @@
+"""Programs over H-Nets that run on every rank of a pool of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.models.decoder import metric_reductions
+from pretrain.parallel.agreement import combine_ranks
+from tests.configurations import tiny_config
+from tests.models.hnet_models import hnet_model
+from tests.parallel.programs import local_weights, one_step, open_engine
+
+
+def hnet_steps(stages: int, overrides: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights."""
+    model = hnet_model(stages)
+    # So large that a ratio loss of a part of the batch would be seen.
+    model["hierarchy"]["ratio_loss_weight"] = 5.0
+    model["hierarchy"]["inner_learning_rate_factor"] = 0.5
+    model["hierarchy"]["stages"] = [{**stage, "learning_rate_factor": 1.5} for stage in model["hierarchy"]["stages"]]
+    config = tiny_config(model=model, **overrides)
+    torch.manual_seed(dist.get_rank())
+    topology, engine = open_engine(config)
+    trajectory, metrics = [], []
+    for step in range(steps):
+        engine.decoder.take_metrics()
+        trajectory.append(one_step(config, topology, engine, step))
+        found = engine.decoder.take_metrics()
+        metrics.append(combine_ranks(found, metric_reductions(config.model), topology.device))
+    return {"trajectory": trajectory, "metrics": metrics, "weights": local_weights(engine, topology)}
