@@ -17,6 +17,7 @@ from pretrain.models.decoder import Decoder
 from pretrain.models.loading import load_decoder
 from pretrain.models.mixer import State
 from pretrain.models.states import join_rows, select_rows
+from pretrain.show_chunks import mark_chunks
 
 # Logits are made for a whole segment of a prompt; this bounds their memory for long ones.
 PROMPT_SEGMENT = 4096
@@ -31,11 +32,16 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    show_chunks: bool = False,
 ) -> list[str]:
     """:func:`generate` from a run or checkpoint, as text; bytes that are not UTF-8 are shown as U+FFFD.
 
+    Args:
+        show_chunks: return each prompt with what follows it, as :func:`pretrain.show_chunks.mark_chunks` writes them.
+
     Raises:
-        InputError: also where there is no such checkpoint, or its tokenizer cannot be opened.
+        InputError: also where there is no such checkpoint, its tokenizer cannot be opened, or chunks are asked of a
+            model that forms none.
     """
     loaded = load_decoder(path, device)
     try:
@@ -44,7 +50,13 @@ def generate_text(
         raise InputError(f"the tokenizer of {loaded.checkpoint} cannot be opened: {error}") from error
     # A prompt from the command line may hold bytes that are not UTF-8; they are kept as they are.
     encoded = [prompt.encode("utf-8", errors="surrogateescape") for prompt in prompts]
+    if show_chunks:
+        # Refuses, before anything is generated, a model that has none.
+        mark_chunks(loaded.decoder, tokenizer, [])
     texts = generate(loaded.decoder, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
+    if show_chunks:
+        together = [prompt + text for prompt, text in zip(encoded, texts, strict=True)]
+        return mark_chunks(loaded.decoder, tokenizer, together)
     return [text.decode("utf-8", errors="replace") for text in texts]
 
 

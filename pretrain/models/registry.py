@@ -192,6 +192,7 @@ class HierarchyFamily:
 
     name: str
     package: str
+    kind: str = "hierarchy"
 
     @functools.cached_property
     def config(self) -> type[HierarchyConfig]:

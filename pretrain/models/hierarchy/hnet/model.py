@@ -183,5 +183,15 @@ class HNet(Decoder):
             documents = Documents((chunks.begins_sequence | chunks.begins_document)[None])
         return found
 
+    def chunk_starts(self, tokens: Tensor, document_starts: Tensor | None = None) -> list[Tensor]:
+        """Where chunks of each stage begin, ``(batch, sequence)`` bool over the tokens; arguments as above."""
+        first, *further = self.boundaries(tokens, document_starts)
+        row, position = first.nonzero(as_tuple=True)
+        found = [first]
+        for chosen in further:
+            row, position = row[chosen[0]], position[chosen[0]]
+            found.append(torch.zeros_like(first).index_put((row, position), torch.ones_like(row, dtype=torch.bool)))
+        return found
+
 
 MODEL = HNet
