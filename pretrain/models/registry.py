@@ -84,6 +84,15 @@ class HierarchyConfig(StrictModel):
         """Width of the embedding and of the head: that of the outermost stage."""
         raise NotImplementedError(f"{type(self).__name__} must say how wide its outermost stage is")
 
+    @property
+    def inner_positions_per_token(self) -> float:
+        """How many positions the innermost network is expected to have for each token that is read."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many positions its innermost network has")
+
+    def measured(self, metrics: Mapping[str, float]) -> HierarchyConfig:
+        """This configuration with what it expects replaced by what the figures of a step say."""
+        return self
+
     def outer_blocks(self) -> list[OuterBlock]:
         """The blocks of all outer stages."""
         raise NotImplementedError(f"{type(self).__name__} must list the blocks of its outer stages")
@@ -160,6 +169,25 @@ class MixerCost:
 
 
 @dataclass(frozen=True)
+class OuterCost:
+    """What one block of a hierarchy's outer stages costs, or what joins a stage with that further in.
+
+    Attributes:
+        hidden_size: its width.
+        positions_per_token: how many positions it is expected to have for each token that is read.
+        block: the block's name in ``model.blocks``; None for a joint.
+        joint: the cost of a joint, per position.
+        norms: how many norms of this width a joint has; a block's are known.
+    """
+
+    hidden_size: int
+    positions_per_token: float
+    block: str | None = None
+    joint: MixerCost | None = None
+    norms: int = 0
+
+
+@dataclass(frozen=True)
 class MixerFamily:
     """One registered mixer: its name, its kind, and its modules, each imported when first asked for."""
 
@@ -204,8 +232,9 @@ class HierarchyFamily:
         return importlib.import_module(f"{self.package}.model").MODEL
 
     @functools.cached_property
-    def cost(self) -> ModuleType:
-        return importlib.import_module(f"{self.package}.cost")
+    def outer_costs(self) -> typing.Callable[..., list[OuterCost]]:
+        """``outer_costs(config, hidden_size, bytes_per_element) -> list[OuterCost]``."""
+        return importlib.import_module(f"{self.package}.cost").outer_costs
 
 
 def _discover(kind: str, directory: Path, package: str) -> dict[str, MixerFamily]:

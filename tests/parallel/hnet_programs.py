@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from pretrain.models.decoder import metric_reductions
 from pretrain.parallel.agreement import combine_ranks
+from pretrain.plan import plan
 from tests.configurations import tiny_config
 from tests.models.hnet_models import hnet_model
 from tests.parallel.programs import local_weights, one_step, open_engine
@@ -30,4 +31,9 @@ def hnet_steps(stages: int, overrides: dict[str, dict[str, Any]], steps: int) ->
         trajectory.append(one_step(config, topology, engine, step))
         found = engine.decoder.take_metrics()
         metrics.append(combine_ranks(found, metric_reductions(config.model), topology.device))
-    return {"trajectory": trajectory, "metrics": metrics, "weights": local_weights(engine, topology)}
+    return {
+        "trajectory": trajectory,
+        "metrics": metrics,
+        "weights": local_weights(engine, topology),
+        "planned_parameters": plan(config, dist.get_world_size()).stages[0].parameters,
+    }

@@ -10,7 +10,6 @@ from tests.parallel.test_parity import LAYOUTS, assert_same_run
 
 PROGRAMS = "tests.parallel.hnet_programs"
 STEPS = 4
-WHOLE = {"micro_batch_size": 16}
 
 # (layout, train section); the reference is one process that has the whole batch at once.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +51,8 @@ def test_same_as_the_whole_batch_at_once(stages: int, case: str, worker_pools, a
     )
     reference = at_once(stages)
     assert_same_run(results, reference, relative=1e-5, weights=5e-5)
+    held = sum(value.size for value, _, _ in results[0]["weights"].values())
+    assert held == results[0]["planned_parameters"], "the plan counts otherwise than a rank holds"
     for found, expected in zip(results[0]["metrics"], reference[0]["metrics"], strict=True):
         assert found.keys() == expected.keys() and "ratio_loss_0" in found
         for name, value in found.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -46,6 +48,18 @@ class HNetConfig(HierarchyConfig):
     @property
     def embedding_size(self) -> int:
         return self.stages[0].hidden_size
+
+    @property
+    def inner_positions_per_token(self) -> float:
+        return 1.0 / math.prod(stage.target_ratio for stage in self.stages)
+
+    def measured(self, metrics: Mapping[str, float]) -> HNetConfig:
+        sizes = [1.0] + [metrics[f"bytes_per_chunk_{index}"] for index in range(len(self.stages))]
+        ratios = [size / before for before, size in zip(sizes, sizes[1:], strict=False)]
+        stages = [
+            stage.model_copy(update={"target_ratio": ratio}) for stage, ratio in zip(self.stages, ratios, strict=True)
+        ]
+        return self.model_copy(update={"stages": stages})
 
     def outer_blocks(self) -> list[OuterBlock]:
         return [

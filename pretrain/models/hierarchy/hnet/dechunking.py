@@ -29,24 +29,28 @@ def dechunk(vectors: Tensor, probability: Tensor, chunks: Chunks, carried: Tenso
         ``(sequence, batch, size)`` float32, and the average after the last position, ``(batch, size)``.
     """
     dtype = vectors.dtype if vectors.dtype == torch.float64 else torch.float32
-    batch = probability.shape[0]
-    carried = vectors.new_zeros(batch, vectors.shape[1], dtype=dtype) if carried is None else carried.to(dtype)
+    smoothed = _smooth(vectors.to(dtype), probability.to(dtype), chunks, carried)
+    if carried is None:
+        # Every position's chunk began within this call.
+        return smoothed[chunks.latest.t()], smoothed[chunks.latest[:, -1]]
     # Behind the chunks what was carried in, for positions whose chunk began earlier.
-    choices = torch.cat([_smooth(vectors.to(dtype), probability.to(dtype), chunks, carried), carried])
-    rows = torch.arange(batch, device=vectors.device)[:, None] + len(vectors)
+    choices = torch.cat([smoothed, carried.to(dtype)])
+    rows = torch.arange(len(carried), device=vectors.device)[:, None] + len(vectors)
     places = torch.where(chunks.latest < 0, rows, chunks.latest)
     return choices[places.t()], choices[places[:, -1]]
 
 
-def _smooth(vectors: Tensor, probability: Tensor, chunks: Chunks, carried: Tensor) -> Tensor:
+def _smooth(vectors: Tensor, probability: Tensor, chunks: Chunks, carried: Tensor | None) -> Tensor:
     """The moving average, ``(chunks, size)``."""
     if not len(vectors):
         # Single positions of which none begins a chunk.
         return vectors
     weight = probability[chunks.row, chunks.position][:, None]
-    # A sequence's first chunk takes in what was carried to it; a chunk that begins a document has weight 1.
     first = chunks.begins_sequence
-    inputs = weight * vectors + (1.0 - weight) * carried[chunks.row] * first[:, None]
+    inputs = weight * vectors
+    if carried is not None:
+        # A sequence's first chunk takes in what was carried to it; one that begins a document has weight 1.
+        inputs = inputs + (1.0 - weight) * carried.to(vectors.dtype)[chunks.row] * first[:, None]
     restarts = first | chunks.begins_document
     coefficients = (1.0 - weight).expand_as(inputs)
     return affine_scan(coefficients[None], inputs[None], document_starts=restarts[None])[0]
