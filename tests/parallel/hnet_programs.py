@@ -37,3 +37,24 @@ def hnet_steps(stages: int, overrides: dict[str, dict[str, Any]], steps: int) ->
         "weights": local_weights(engine, topology),
         "planned_parameters": plan(config, dist.get_world_size()).stages[0].parameters,
     }
+
+
+def first_steps(parallel: dict[str, Any], rate: float, factors: list[float]) -> dict[str, float]:
+    """How far the first step moves each parameter of two stages, at most; without decay nothing else moves it.
+
+    ``factors`` are the learning-rate factors of the stages, and of the innermost network.
+    """
+    model = hnet_model(2)
+    model["hierarchy"]["inner_learning_rate_factor"] = factors[-1]
+    model["hierarchy"]["stages"] = [
+        {**stage, "learning_rate_factor": factor}
+        for stage, factor in zip(model["hierarchy"]["stages"], factors, strict=False)
+    ]
+    optimizer = {"learning_rate": rate, "weight_decay": 0.0, "epsilon": 1e-12, "gradient_clip": 0.0}
+    config = tiny_config(model=model, parallel=parallel, optimizer=optimizer, schedule={"type": "constant"})
+    topology, engine = open_engine(config)
+    before = {name: engine.read_state(name, "weight").detach().clone() for name in engine.parameters}
+    one_step(config, topology, engine, 0)
+    return {
+        name: (engine.read_state(name, "weight").detach() - value).abs().max().item() for name, value in before.items()
+    }
