@@ -1,7 +1,8 @@
 """What H-Net's stages cost beside their blocks, from the configuration alone. Imports no torch.
 
 How many chunks there are is the model's choice, so costs are those expected where every stage meets its
-``target_ratio``.
+``target_ratio``. Where a rank has several micro-batches in a step, encoders and routers run over them once more than
+is counted here; see ``ratio_loss.py``.
 """
 
 from __future__ import annotations
