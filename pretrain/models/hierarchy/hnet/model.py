@@ -177,6 +177,8 @@ class HNet(Decoder):
         for index, stage in enumerate(self.stages):
             encoded, boundaries, _ = stage.encode(hidden, None, documents, f"stages.{index}")
             found.append(boundaries.chosen)
+            if len(found) == len(self.stages):
+                break
             starts = None if documents is None else documents.starts
             chunks = find_chunks(boundaries.chosen, starts, continues=False)
             hidden = stage.widen(chunks.gather(encoded))[:, None]
