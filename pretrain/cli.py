@@ -121,14 +121,17 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="draw from the k likeliest tokens; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest tokens of this mass")] = 0.95,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    show_chunks: Annotated[
+        bool, typer.Option("--show-chunks", help="of a hierarchy: | where a chunk begins, || where one of stage 1 does")
+    ] = False,
 ) -> None:
     """Sample text from a run or checkpoint."""
     from pretrain.generate import generate_text
 
     prompts = prompt or [""]
-    texts = generate_text(source, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    texts = generate_text(source, prompts, max_new_tokens, temperature, top_k, top_p, seed, show_chunks=show_chunks)
     for given, text in zip(prompts, texts, strict=True):
-        typer.echo(f"{given}{text}\n{'-' * 40}")
+        typer.echo(f"{'' if show_chunks else given}{text}\n{'-' * 40}")
 
 
 @app.command()
@@ -166,10 +169,10 @@ def doctor() -> None:
 
 @app.command()
 def models() -> None:
-    """List the registered mixers."""
-    from pretrain.models.registry import channel_mixers, sequence_mixers
+    """List the registered mixers and hierarchies."""
+    from pretrain.models.registry import channel_mixers, hierarchies, sequence_mixers
 
-    for family in (*sequence_mixers().values(), *channel_mixers().values()):
+    for family in (*sequence_mixers().values(), *channel_mixers().values(), *hierarchies().values()):
         summary = (family.config.__doc__ or "").strip().splitlines()[0]
         typer.echo(f"{family.kind:9} {family.name:12} {summary}")
 

@@ -16,6 +16,8 @@ from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
 from pretrain.models.loading import load_decoder
 from pretrain.models.mixer import State
+from pretrain.models.states import join_rows, select_rows
+from pretrain.show_chunks import mark_chunks
 
 # Logits are made for a whole segment of a prompt; this bounds their memory for long ones.
 PROMPT_SEGMENT = 4096
@@ -30,11 +32,16 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    show_chunks: bool = False,
 ) -> list[str]:
     """:func:`generate` from a run or checkpoint, as text; bytes that are not UTF-8 are shown as U+FFFD.
 
+    Args:
+        show_chunks: return each prompt with what follows it, as :func:`pretrain.show_chunks.mark_chunks` writes them.
+
     Raises:
-        InputError: also where there is no such checkpoint, or its tokenizer cannot be opened.
+        InputError: also where there is no such checkpoint, its tokenizer cannot be opened, or chunks are asked of a
+            model that forms none.
     """
     loaded = load_decoder(path, device)
     try:
@@ -43,7 +50,13 @@ def generate_text(
         raise InputError(f"the tokenizer of {loaded.checkpoint} cannot be opened: {error}") from error
     # A prompt from the command line may hold bytes that are not UTF-8; they are kept as they are.
     encoded = [prompt.encode("utf-8", errors="surrogateescape") for prompt in prompts]
+    if show_chunks:
+        # Refuses, before anything is generated, a model that has none.
+        mark_chunks(loaded.decoder, tokenizer, [])
     texts = generate(loaded.decoder, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
+    if show_chunks:
+        together = [prompt + text for prompt, text in zip(encoded, texts, strict=True)]
+        return mark_chunks(loaded.decoder, tokenizer, together)
     return [text.decode("utf-8", errors="replace") for text in texts]
 
 
@@ -105,7 +118,7 @@ def generate(
             if not going_on:
                 break
             if len(going_on) < len(rows):
-                states = _select_rows(states, going_on)
+                states = select_rows(states, going_on)
             rows = [rows[position] for position in going_on]
             logits, states = model.logits(drawn[going_on].unsqueeze(1), states)
             logits = logits[:, -1]
@@ -154,33 +167,7 @@ def _read_prompts(model: Decoder, encoded: list[list[int]]) -> tuple[list[int], 
         order += rows
         all_logits.append(logits[:, -1])
         all_states.append(states)
-    return order, torch.cat(all_logits), _join_rows(all_states)
-
-
-def _join_rows(states: Sequence[dict[str, State]]) -> dict[str, State]:
-    """States of several batches as those of one.
-
-    Of a tensor that grows the newest entries are last, and zeros in front of them are entries that do not count.
-    """
-    joined: dict[str, State] = {}
-    for layer, state in states[0].items():
-        joined[layer] = {}
-        for name in state:
-            tensors = [of_batch[layer][name] for of_batch in states]
-            longest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-            joined[layer][name] = torch.cat([_padded_in_front(tensor, longest) for tensor in tensors])
-    return joined
-
-
-def _padded_in_front(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``tensor`` with zeros in front until its dimensions after the first have these sizes."""
-    missing = [most - size for most, size in zip(sizes, tensor.shape[1:], strict=True)]
-    # Torch takes the last dimension first.
-    return torch.nn.functional.pad(tensor, [edge for amount in reversed(missing) for edge in (amount, 0)])
-
-
-def _select_rows(states: dict[str, State], rows: list[int]) -> dict[str, State]:
-    return {layer: {name: tensor[rows] for name, tensor in state.items()} for layer, state in states.items()}
+    return order, torch.cat(all_logits), join_rows(all_states)
 
 
 def _generator(seed: int, row: int) -> Generator:

@@ -41,6 +41,14 @@ def _file(directory: Path, text: str, name: str = "run.yaml") -> Path:
     return path
 
 
+def _hnet(*widths: int, decoder: str = "mlstm", ratio: float = 4) -> str:
+    """An override that puts stages of these widths round the model."""
+    stages = [
+        f"{{hidden_size: {width}, encoder: [mlstm], decoder: [{decoder}], target_ratio: {ratio}}}" for width in widths
+    ]
+    return f"model.hierarchy={{type: hnet, stages: [{', '.join(stages)}]}}"
+
+
 @pytest.mark.parametrize("path", RUNS, ids=_name)
 def test_run_loads_and_survives_being_written_out(path: Path) -> None:
     config = load_config(path)
@@ -72,7 +80,8 @@ def test_every_model_has_a_run_and_every_family_a_tiny_one() -> None:
         stated = yaml.safe_load(path.read_text())["model"]
         bases = [(runs[name].parent / base).resolve() for base in yaml.safe_load(runs[name].read_text())["base"]]
         assert path.resolve() in bases, f"{runs[name]} is not built on {path}"
-        assert set(stated["blocks"]) == set(stated["layers"]), f"{path} names blocks that no layer uses"
+        used = {block.name for block in load_config(runs[name]).model.used_blocks()}
+        assert set(stated["blocks"]) == used, f"{path} names blocks that no layer uses"
     for family in {path.parent.name for path in MODELS}:
         tiny = load_config(runs[f"{family}_tiny"])
         assert tiny.data.source.type == "standard_library"
@@ -178,6 +187,16 @@ def test_wrong_value_names_its_key_and_what_was_expected(override: str, key: str
             ["parallel.tensor=4", "model.blocks.mlstm.channel.intermediate_size=510"],
             "inner width 510 is not divisible by parallel.tensor=4",
         ),
+        (
+            [_hnet(64, decoder="gone")],
+            "hierarchy.stages.0.decoder names the block 'gone', but blocks has only ['mlstm']",
+        ),
+        ([_hnet(66)], "num_heads=4 does not divide int(hidden_size * query_key_factor)"),
+        ([_hnet(4096)], "stages.0.hidden_size=4096 is above model.hidden_size="),
+        ([_hnet(64, 32)], "from the outermost inwards, must not shrink, but are [64, 32]"),
+        ([_hnet(64, ratio=1)], "target_ratio' is 1: input should be greater than 1"),
+        ([_hnet(64), "parallel.pipeline=2"], "type hnet does not go with parallel.pipeline=2"),
+        ([_hnet(64), "parallel.tensor=2", "parallel.sequence=true"], "does not go with parallel.sequence=true"),
         (["model.layers=[mlstm,mamba]"], "layers names the block 'mamba', but blocks has only ['mlstm']"),
         (["model.layers=[mlstm,mlstm,mlstm]"], "does not repeat a whole number of times in num_layers=4"),
         (["model.blocks.mlstm.mixer=null", "model.blocks.mlstm.channel=null"], "needs a mixer, a channel mixer"),

@@ -16,6 +16,7 @@ from pretrain.generate import generate, generate_text
 from pretrain.models.decoder import Decoder
 from tests.configurations import TINY_MODEL, tiny_config
 from tests.convert.checkpoints import model_section, random_decoder, write_run
+from tests.models.hnet_models import hnet_model
 
 TOKENIZER = ByteTokenizer()
 BOUNDARY = TOKENIZER.boundary_id
@@ -34,10 +35,13 @@ HYBRID = {
 }
 
 
-@pytest.fixture(scope="module", params=["recurrent", "hybrid"])
+MODELS = {"recurrent": {}, "hybrid": HYBRID, "hierarchy": hnet_model(2)}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    """One whose states have a fixed size, and one with states that grow."""
-    return random_decoder(tiny_config(model=model_section(**(HYBRID if request.param == "hybrid" else {}))))
+    """One whose states have a fixed size, one with states that grow, and one whose states wait for chunks."""
+    return random_decoder(tiny_config(model=model_section(**MODELS[request.param])))
 
 
 def _greedy_by_whole_passes(decoder: Decoder, prompt: bytes, max_new_tokens: int) -> list[int]:

@@ -7,10 +7,18 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data.config import DataConfig
-from pretrain.models.registry import StrictModel, channel_mixers, config_union, sequence_mixers
+from pretrain.models.registry import (
+    OuterBlock,
+    StrictModel,
+    channel_mixers,
+    config_union,
+    hierarchies,
+    sequence_mixers,
+)
 
 SequenceMixerConfig: Any = config_union(sequence_mixers())
 ChannelMixerConfig: Any = config_union(channel_mixers())
+AnyHierarchyConfig: Any = config_union(hierarchies())
 
 
 class BlockConfig(StrictModel):
@@ -27,7 +35,7 @@ class BlockConfig(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """A decoder: embedding, blocks, norm, head."""
+    """A decoder: embedding, blocks, norm, head; with a hierarchy, stages that read bytes round the blocks."""
 
     vocab_size: int = Field(
         ge=2,
@@ -47,23 +55,49 @@ class ModelConfig(StrictModel):
         None, gt=0, description="logits are capped to +-this by c*tanh(x/c); null leaves them as they are"
     )
 
+    hierarchy: AnyHierarchyConfig | None = Field(
+        None, description="stages round the layers above, which then see chunks instead of bytes; null: none"
+    )
+
     @model_validator(mode="after")
     def _layers_name_blocks(self) -> ModelConfig:
-        for name in self.layers:
-            if name not in self.blocks:
-                raise ValueError(f"layers names the block '{name}', but blocks has only {sorted(self.blocks)}")
+        for used in self.used_blocks():
+            if used.name not in self.blocks:
+                raise ValueError(
+                    f"{used.place} names the block '{used.name}', but blocks has only {sorted(self.blocks)}"
+                )
         if self.num_layers % len(self.layers):
             raise ValueError(
                 f"the pattern of {len(self.layers)} layers does not repeat a whole number of times in "
                 f"num_layers={self.num_layers}; change num_layers or the length of layers"
             )
-        for name in set(self.layers):
+        problem = self.hierarchy.problem(self.hidden_size) if self.hierarchy is not None else None
+        if problem:
+            raise ValueError(f"hierarchy: {problem}")
+        problem = self.block_problem(1)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def used_blocks(self) -> list[OuterBlock]:
+        """Every block that the model has: those of its layers (one entry per name of the pattern), and outer ones."""
+        used = [OuterBlock("layers", name, self.hidden_size) for name in self.layers]
+        return used + (self.hierarchy.outer_blocks() if self.hierarchy is not None else [])
+
+    def block_problem(self, tensor_parallel: int) -> str | None:
+        """Why a block cannot have the width at which it is used, or be split so; None where all can."""
+        for name, hidden_size in sorted({(used.name, used.hidden_size) for used in self.used_blocks()}):
             for part in ("mixer", "channel"):
                 section = getattr(self.blocks[name], part)
-                problem = section.problem(self.hidden_size, 1) if section else None
+                problem = section.problem(hidden_size, tensor_parallel) if section else None
                 if problem:
-                    raise ValueError(f"blocks.{name}.{part}: {problem}")
-        return self
+                    return f"blocks.{name}.{part}: {problem}"
+        return None
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embedding and of the head."""
+        return self.hidden_size if self.hierarchy is None else self.hierarchy.embedding_size
 
     def block(self, layer: int) -> BlockConfig:
         """The block of a layer, counted from 0 over the whole model."""
@@ -208,13 +242,12 @@ def _layout_problem(config: Config) -> str | None:
                 f"{key}={length} is not divisible by parallel.tensor={parallel.tensor}, which parallel.sequence=true "
                 f"needs"
             )
-    for name in sorted(set(model.layers)):
-        for part in ("mixer", "channel"):
-            section = getattr(model.blocks[name], part)
-            problem = section.problem(model.hidden_size, parallel.tensor) if section else None
-            if problem:
-                return f"model.blocks.{name}.{part}: {problem}"
-    return None
+    if model.hierarchy is not None:
+        problem = model.hierarchy.layout_problem(parallel.pipeline, parallel.sequence)
+        if problem:
+            return f"model.hierarchy: {problem}"
+    problem = model.block_problem(parallel.tensor)
+    return f"model.{problem}" if problem else None
 
 
 def _batch_problem(config: Config) -> str | None:

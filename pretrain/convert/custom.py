@@ -27,7 +27,9 @@ from pretrain.models.registry import MixerConfig, MixerFamily, family_of
 
 CONFIGURATION, MODELING, MIXERS = "configuration_recurrent", "modeling_recurrent", "mixers"
 ARCHITECTURE = "RecurrentForCausalLM"
-AUTO_MAP = {"AutoConfig": f"{CONFIGURATION}.RecurrentConfig", "AutoModelForCausalLM": f"{MODELING}.{ARCHITECTURE}"}
+PARTS_OF_STAGE = ("encoder", "decoder")
+# The file of each hierarchy's class, and the class; it builds on that of models without one.
+HIERARCHIES = {"hnet": ("modeling_hnet", "HNetForCausalLM")}
 
 _IMPORT = re.compile(r"^from pretrain\.models((?:\.\w+)*)\.modeling import ", re.MULTILINE)
 # Within a process transformers takes the model class that it first loaded for a configuration class, and that class
@@ -60,6 +62,8 @@ def file_stem(module: str) -> str:
 
 def problem(model: ModelConfig) -> str | None:
     """Why a model cannot be exported with code, in words; None where it can."""
+    if model.hierarchy is not None and model.hierarchy.type not in HIERARCHIES:
+        return f"there is no code to export a hierarchy of type {model.hierarchy.type} with"
     families = {family_of(config) for block in model.blocks.values() for _, config in parts_of(block)}
     missing = sorted(family.package for family in families if modeling_module(family) is None)
     if not missing:
@@ -73,6 +77,21 @@ def _settings(config: MixerConfig, hidden_size: int) -> dict[str, Any]:
     return {"type": family.name, **family.hugging_face.settings(config, hidden_size)}
 
 
+def _block_name(model: ModelConfig, name: str, hidden_size: int) -> str:
+    """What a block is called in the exported configuration, at one of the widths at which it is used."""
+    return name if hidden_size == model.hidden_size else f"{name}_{hidden_size}"
+
+
+def _hierarchy(model: ModelConfig) -> dict[str, Any]:
+    """What the exported class needs to know of the stages."""
+    stages = []
+    for stage in model.hierarchy.stages:
+        size = stage.hidden_size
+        parts = {part: [_block_name(model, name, size) for name in getattr(stage, part)] for part in PARTS_OF_STAGE}
+        stages.append({"hidden_size": size, **parts})
+    return {"type": model.hierarchy.type, "stages": stages}
+
+
 @dataclass(frozen=True)
 class CustomForm:
     """A model in the form of ``RecurrentForCausalLM``, whose tensors have our names."""
@@ -81,7 +100,13 @@ class CustomForm:
 
     @property
     def architecture(self) -> str:
-        return ARCHITECTURE
+        return self._class_of_model[1]
+
+    @property
+    def _class_of_model(self) -> tuple[str, str]:
+        """The file and the name of the class."""
+        hierarchy = self.model.hierarchy
+        return (MODELING, ARCHITECTURE) if hierarchy is None else HIERARCHIES[hierarchy.type]
 
     @property
     def needs_code(self) -> bool:
@@ -97,10 +122,18 @@ class CustomForm:
 
         model = self.model
         layers = [model.layers[layer % len(model.layers)] for layer in range(model.num_layers)]
+        # The settings of a block depend on its width, and stages may use one block at several.
         blocks = {
-            name: {part: _settings(config, model.hidden_size) for part, config in parts_of(model.blocks[name])}
-            for name in sorted(set(layers))
+            _block_name(model, name, size): {
+                part: _settings(config, size) for part, config in parts_of(model.blocks[name])
+            }
+            for name, size in sorted({(used.name, used.hidden_size) for used in model.used_blocks()})
         }
+        further = {}
+        if model.hierarchy is not None:
+            further = {"embedding_size": model.embedding_size, "hierarchy": _hierarchy(model)}
+        module, name = self._class_of_model
+        auto_map = {"AutoConfig": f"{CONFIGURATION}.RecurrentConfig", "AutoModelForCausalLM": f"{module}.{name}"}
         config = RecurrentConfig(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
@@ -110,9 +143,10 @@ class CustomForm:
             norm_epsilon=model.norm_epsilon,
             output_logit_soft_cap=model.output_logit_soft_cap,
             tie_word_embeddings=model.tie_embeddings,
-            architectures=[ARCHITECTURE],
-            auto_map=AUTO_MAP,
+            architectures=[name],
+            auto_map=auto_map,
             dtype="float32",
+            **further,
             **marks,
         )
         config.save_pretrained(directory)
@@ -126,9 +160,8 @@ class CustomForm:
             for part, config in parts_of(block):
                 family = family_of(config)
                 families[part][family.name] = modeling_module(family)
-        code = {
-            f"{name}.py": self_contained(_source(f"{remote.__name__}.{name}")) for name in (CONFIGURATION, MODELING)
-        }
+        names = dict.fromkeys((CONFIGURATION, MODELING, self._class_of_model[0]))
+        code = {f"{name}.py": self_contained(_source(f"{remote.__name__}.{name}")) for name in names}
         code[f"{MIXERS}.py"] = _mixers_file(families["mixer"], families["channel"])
         used = {module for modules in families.values() for module in modules.values()}
         for module in _with_imports({*used, "pretrain.models.modeling"}):

@@ -60,6 +60,8 @@ class NativeClass:
         unfit = self._unfit_layers(model)
         if unfit:
             problems.append(f"cannot hold {', '.join(unfit)}")
+        if model.hierarchy is not None:
+            problems.append("has no stages round its layers, as model.hierarchy asks for")
         if model.norm != "rms":
             problems.append(f"has RMS norms, not model.norm={model.norm}")
         if model.tie_embeddings and not self.ties_embeddings:

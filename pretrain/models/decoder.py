@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
@@ -10,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.packing import Batch
 from pretrain.config.schema import BlockConfig, ModelConfig
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
 from pretrain.models.mixer import Documents, LayerContext, MeasuredModule, State
@@ -25,7 +28,7 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, model: ModelConfig, context: LayerContext):
         super().__init__()
-        norm, sizes = NORMS[model.norm], (model.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
+        norm, sizes = NORMS[model.norm], (context.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
         self.mixer = self.channel = None
         if config.mixer is not None:
             self.mixer_norm = norm(*sizes)
@@ -45,7 +48,7 @@ class Block(nn.Module):
 
 
 def metric_reductions(model: ModelConfig) -> dict[str, str]:
-    """How each figure that the model's mixers report combines over layers and ranks: ``max`` or ``sum``.
+    """How each figure that the model and its mixers report combines over layers and ranks: ``max`` or ``sum``.
 
     The same on every rank, whatever layers its stage holds.
     """
@@ -54,6 +57,8 @@ def metric_reductions(model: ModelConfig) -> dict[str, str]:
         for config in (block.mixer, block.channel):
             if config is not None:
                 reductions |= family_of(config).module.METRICS
+    if model.hierarchy is not None:
+        reductions |= model.hierarchy.metric_reductions()
     return dict(sorted(reductions.items()))
 
 
@@ -81,13 +86,13 @@ class Decoder(nn.Module):
         if self.is_first_stage or (self.is_last_stage and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
                 vocabulary,
-                model.hidden_size,
+                model.embedding_size,
                 init_method=no_initialisation,
                 reduce_scatter_embeddings=megatron.sequence_parallel,
                 config=megatron,
             )
             spec = ParameterSpec(
-                small_normal(model.hidden_size),
+                small_normal(model.embedding_size),
                 shard_dimension=0,
                 split_size=model.vocab_size,
                 weight_decay=False,
@@ -96,16 +101,30 @@ class Decoder(nn.Module):
             declare(self.embedding.weight, spec)
         self.layers = nn.ModuleDict()
         for layer in range(first, first + per_stage):
-            context = LayerContext(model.hidden_size, layer, model.num_layers, megatron)
-            self.layers[str(layer)] = Block(model.block(layer), model, context)
+            self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
         if self.is_last_stage:
             norm = NORMS[model.norm]
-            self.output_norm = norm(model.hidden_size, model.norm_epsilon, megatron.sequence_parallel)
+            self.output_norm = norm(model.embedding_size, model.norm_epsilon, megatron.sequence_parallel)
         if self.is_last_stage and model.tie_embeddings:
-            self.tied_head = TiedProjection(model.hidden_size, vocabulary, megatron)
+            self.tied_head = TiedProjection(model.embedding_size, vocabulary, megatron)
         elif self.is_last_stage:
-            head = ParameterSpec(small_normal(model.hidden_size), shard_dimension=0, split_size=model.vocab_size)
-            self.head = ColumnParallelProjection(model.hidden_size, vocabulary, head, megatron)
+            head = ParameterSpec(small_normal(model.embedding_size), shard_dimension=0, split_size=model.vocab_size)
+            self.head = ColumnParallelProjection(model.embedding_size, vocabulary, head, megatron)
+
+    def _context(self, layer: int) -> LayerContext:
+        """Where a layer of ``model.layers`` stands."""
+        return LayerContext(self.model.hidden_size, layer, self.model.num_layers, self.config)
+
+    def prepare_batch(self, called: nn.Module, micro_batches: Sequence[Batch], labels: float, train: bool) -> None:
+        """Called before the micro-batches of each global batch, on every rank; here nothing needs to be known.
+
+        Args:
+            called: what the schedule calls instead of this module: itself, or an engine round it.
+            micro_batches: this rank's.
+            labels: how many labels of the global batch count, or 1 if none does: the schedule divides
+                gradients by it.
+            train: whether gradients are wanted.
+        """
 
     def take_metrics(self) -> dict[str, float]:
         """Figures that the mixers of this rank's layers report, by name; a name that none reports is 0."""

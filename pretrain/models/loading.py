@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
 from pretrain.config import Config, parse_config
 from pretrain.errors import InputError
+from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
 from pretrain.models.parameters import declared_parameters, full_shape, own_slice, padded_to
 from pretrain.parallel.topology import Topology, build_topology, megatron_config
@@ -55,7 +56,7 @@ def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
     with CheckpointReader(checkpoint) as reader:
         config = _in_one_process(reader, device)
         topology = build_topology(config)
-        decoder = Decoder(config.model, megatron_config(config))
+        decoder = build_decoder(config.model, megatron_config(config))
         read_weights(decoder, reader)
         decoder = decoder.to(topology.device).eval().requires_grad_(False)
         return LoadedModel(decoder, config, reader.step, checkpoint, topology)

@@ -7,9 +7,10 @@ parallel run be compared with a single process, value by value.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class ParameterSpec:
         bound: the optimizer keeps every element within [-bound, bound] after each step; None leaves it free.
         pipeline_copy: another pipeline stage holds this very parameter (a tied embedding): gradients of the
             copies are summed, and norms and checkpoints count the parameter there.
+        learning_rate_factor: the parameter's learning rate over that of the run.
     """
 
     initialise: Initialiser
@@ -43,6 +45,7 @@ class ParameterSpec:
     partial_gradient: bool = False
     bound: float | None = None
     pipeline_copy: bool = False
+    learning_rate_factor: float = 1.0
 
 
 def normal(standard_deviation: float) -> Initialiser:
@@ -82,6 +85,11 @@ def constant(value: float) -> Initialiser:
     return fill
 
 
+def identity(tensor: Tensor, generator: Generator) -> None:
+    """Starts a square matrix from the identity."""
+    nn.init.eye_(tensor)
+
+
 def evenly_spaced(first: float, last: float) -> Initialiser:
     """Starts from evenly spaced values along the tensor's only dimension."""
 
@@ -105,6 +113,12 @@ def declare(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
         # DeepSpeed's mark: left out of the gradient norm.
         parameter.ds_pipe_replicated = True
     return parameter
+
+
+def scale_learning_rate(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Declares that these parameters learn at ``factor`` times the rate of the run."""
+    for parameter in parameters:
+        parameter.spec = dataclasses.replace(parameter.spec, learning_rate_factor=factor)
 
 
 def new_parameter(full_shape: tuple[int, ...], spec: ParameterSpec) -> nn.Parameter:

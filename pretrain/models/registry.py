@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,55 @@ class MixerConfig(StrictModel):
     def examples(cls, hidden_size: int) -> list[MixerConfig]:
         """Small configurations of this mixer for ``hidden_size``, for the conformance tests."""
         raise NotImplementedError(f"{cls.__name__} must list small examples for the conformance tests")
+
+
+@dataclass(frozen=True)
+class OuterBlock:
+    """A block that a hierarchy puts round the innermost network.
+
+    Attributes:
+        place: key below ``model`` that names it.
+        name: of the block in ``model.blocks``.
+        hidden_size: width that it works at.
+    """
+
+    place: str
+    name: str
+    hidden_size: int
+
+
+class HierarchyConfig(StrictModel):
+    """Base of a hierarchy's configuration; subclasses add ``type: Literal[name]`` and their fields."""
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embedding and of the head: that of the outermost stage."""
+        raise NotImplementedError(f"{type(self).__name__} must say how wide its outermost stage is")
+
+    @property
+    def inner_positions_per_token(self) -> float:
+        """How many positions the innermost network is expected to have for each token that is read."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many positions its innermost network has")
+
+    def measured(self, metrics: Mapping[str, float]) -> HierarchyConfig:
+        """This configuration with what it expects replaced by what the figures of a step say."""
+        return self
+
+    def outer_blocks(self) -> list[OuterBlock]:
+        """The blocks of all outer stages."""
+        raise NotImplementedError(f"{type(self).__name__} must list the blocks of its outer stages")
+
+    def problem(self, hidden_size: int) -> str | None:
+        """One sentence about why this hierarchy cannot stand round a network of this width; None where it can."""
+        return None
+
+    def layout_problem(self, pipeline: int, sequence_parallel: bool) -> str | None:
+        """One sentence about why this hierarchy cannot be split so; None where it can."""
+        return None
+
+    def metric_reductions(self) -> dict[str, str]:
+        """Figures that it reports with every step: name -> how ranks combine them, ``max`` or ``sum``."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -119,6 +169,25 @@ class MixerCost:
 
 
 @dataclass(frozen=True)
+class OuterCost:
+    """What one block of a hierarchy's outer stages costs, or what joins a stage with that further in.
+
+    Attributes:
+        hidden_size: its width.
+        positions_per_token: how many positions it is expected to have for each token that is read.
+        block: the block's name in ``model.blocks``; None for a joint.
+        joint: the cost of a joint, per position.
+        norms: how many norms of this width a joint has; a block's are known.
+    """
+
+    hidden_size: int
+    positions_per_token: float
+    block: str | None = None
+    joint: MixerCost | None = None
+    norms: int = 0
+
+
+@dataclass(frozen=True)
 class MixerFamily:
     """One registered mixer: its name, its kind, and its modules, each imported when first asked for."""
 
@@ -145,6 +214,29 @@ class MixerFamily:
         return importlib.import_module(f"{self.package}.hf")
 
 
+@dataclass(frozen=True)
+class HierarchyFamily:
+    """One registered hierarchy: its name, and its modules, each imported when first asked for."""
+
+    name: str
+    package: str
+    kind: str = "hierarchy"
+
+    @functools.cached_property
+    def config(self) -> type[HierarchyConfig]:
+        return importlib.import_module(f"{self.package}.config").CONFIG
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The class of the whole model, a subclass of ``pretrain.models.decoder.Decoder``. Imports torch."""
+        return importlib.import_module(f"{self.package}.model").MODEL
+
+    @functools.cached_property
+    def outer_costs(self) -> typing.Callable[..., list[OuterCost]]:
+        """``outer_costs(config, hidden_size, bytes_per_element) -> list[OuterCost]``."""
+        return importlib.import_module(f"{self.package}.cost").outer_costs
+
+
 def _discover(kind: str, directory: Path, package: str) -> dict[str, MixerFamily]:
     families = {}
     for folder in sorted(directory.iterdir()):
@@ -165,6 +257,22 @@ def channel_mixers() -> dict[str, MixerFamily]:
     return _discover("channel", ROOT / "channel", "pretrain.models.channel")
 
 
+@functools.cache
+def hierarchies() -> dict[str, HierarchyFamily]:
+    """Every registered hierarchy (folders of ``hierarchy/``), by the name that a configuration's ``type`` gives."""
+    directory = ROOT / "hierarchy"
+    folders = [folder for folder in sorted(directory.iterdir()) if (folder / "config.py").is_file()]
+    return {folder.name: HierarchyFamily(folder.name, f"pretrain.models.hierarchy.{folder.name}") for folder in folders}
+
+
+def hierarchy_of(config: HierarchyConfig) -> HierarchyFamily:
+    """The registered hierarchy that a configuration belongs to."""
+    for family in hierarchies().values():
+        if family.config is type(config):
+            return family
+    raise KeyError(f"{type(config).__name__} is not the configuration of a registered hierarchy")
+
+
 def family_of(config: MixerConfig) -> MixerFamily:
     """The registered family that a mixer's configuration belongs to."""
     for family in (*sequence_mixers().values(), *channel_mixers().values()):
@@ -177,7 +285,7 @@ def _type_of(section: Any) -> Any:
     return section.get("type") if isinstance(section, dict) else getattr(section, "type", None)
 
 
-def config_union(families: dict[str, MixerFamily]) -> Any:
+def config_union(families: Mapping[str, MixerFamily | HierarchyFamily]) -> Any:
     """The type that pydantic checks a mixer's section against: the one whose ``type`` is named in it."""
     configs = tuple(family.config for family in families.values())
     if len(configs) == 1:

@@ -111,6 +111,14 @@ class Observer:
             )
         return self._flops_per_token[sequence_length]
 
+    def _flops_per_token(self, further: Mapping[str, float]) -> float:
+        """Useful FLOPs of a token; of a model that chooses its own chunks, with as many as it had in this step."""
+        config, hierarchy = self.config, self.config.model.hierarchy
+        if hierarchy is None:
+            return self.flops_per_token
+        model = config.model.model_copy(update={"hierarchy": hierarchy.measured(further)})
+        return model_flops_per_token(config.model_copy(update={"model": model}))
+
     def evaluated(self, step: int, loss: BatchLoss) -> None:
         """Adds an evaluation to the figures of the step that it followed."""
         if self.is_main:

@@ -1,4 +1,4 @@
-"""AdamW over the declared parameters: decayed, undecayed and bounded ones apart."""
+"""AdamW over the declared parameters: those that decay, are bounded or learn at other rates apart."""
 
 from __future__ import annotations
 
@@ -28,18 +28,26 @@ class BoundedAdamW(torch.optim.AdamW):
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay and bound.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay, bound and learning rate.
+
+    Engines multiply the run's learning rate by each group's ``learning_rate_factor``. Weight decay is multiplied by
+    the learning rate, and so by that factor too.
 
     The foreach form is one code path on every device and over ZeRO's flat partitions alike.
     """
-    groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float | None, float], list[nn.Parameter]] = {}
     for _, parameter in declared_parameters(model):
         spec = parameter.spec
-        groups.setdefault((spec.weight_decay, spec.bound), []).append(parameter)
+        groups.setdefault((spec.weight_decay, spec.bound, spec.learning_rate_factor), []).append(parameter)
     return BoundedAdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "bound": bound}
-            for (decays, bound), parameters in groups.items()
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "bound": bound,
+                "learning_rate_factor": factor,
+            }
+            for (decays, bound, factor), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,

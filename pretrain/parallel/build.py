@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.config.schema import Config
+from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
 from pretrain.optimizer.adamw import build_adamw
 from pretrain.parallel.engine import Engine, ReplicatedEngine
@@ -11,7 +12,7 @@ from pretrain.parallel.topology import Topology, megatron_config
 
 def build_model(config: Config) -> Decoder:
     """This rank's part of the model on the CPU, not yet filled; the groups must exist."""
-    return Decoder(config.model, megatron_config(config))
+    return build_decoder(config.model, megatron_config(config))
 
 
 def build_engine(model: Decoder, config: Config, topology: Topology) -> Engine:

@@ -72,8 +72,9 @@ class Engine(ABC):
         """Sets both moments of every parameter (this rank's slices) and AdamW's count of steps."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets that of the run; each parameter's own is a declared multiple of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["learning_rate_factor"]
 
     def sum_partial_gradients(self) -> None:
         """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of tied embeddings."""

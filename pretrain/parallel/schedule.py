@@ -71,7 +71,8 @@ def run_schedule(
     dist.all_reduce(totals[1:], group=group)
     # The schedule divides by the number of micro-batches, and engines average over data-parallel ranks.
     data_size = parallel_state.get_data_parallel_world_size()
-    scale = len(micro_batches) * data_size / max(totals[1].item(), 1.0)
+    labels = max(totals[1].item(), 1.0)
+    scale = len(micro_batches) * data_size / labels
 
     def forward_step(batches: Iterator[Batch], called: nn.Module) -> tuple[Tensor, object]:
         batch = next(batches).to(device)
@@ -84,6 +85,7 @@ def run_schedule(
 
     batch_size, sequence_length = micro_batches[0].tokens.shape
     with cuda_tensors_on_cpu(), torch.set_grad_enabled(train):
+        decoder.prepare_batch(model, micro_batches, labels, train)
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),

@@ -36,7 +36,8 @@ class StagePlan:
 class Plan:
     """What a run will need.
 
-    FLOPs are those of matrix products, a multiply-add as two, forward and backward for one training token.
+    FLOPs are those of matrix products, a multiply-add as two, forward and backward for one training token. Of a model
+    that chooses its own chunks they, and activations, are what is expected where it meets its target ratios.
 
     Attributes:
         parameters: trainable parameters of the whole model.
@@ -58,6 +59,8 @@ class Plan:
         heaviest_stage: the pipeline stage that this rank is on.
         stages: one entry per pipeline stage.
         gpu: how the heaviest rank compares with a GPU; None unless one was named.
+        tokens_per_inner_position: how many tokens a position of the innermost network stands for, as expected; 1
+            without a hierarchy.
     """
 
     parameters: int
@@ -77,6 +80,7 @@ class Plan:
     heaviest_stage: int
     stages: list[StagePlan]
     gpu: GPUFit | None = None
+    tokens_per_inner_position: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for JSON."""
@@ -85,25 +89,30 @@ class Plan:
 
 def model_flops_per_token(config: Config) -> float:
     """Useful FLOPs of one training token, forward and backward; see :class:`Plan` for what counts."""
-    forward = sum(mixer.flops_per_token for layer in layer_costs(config) for mixer in layer.mixers)
+    forward = sum(
+        layer.positions_per_token * mixer.flops_per_token for layer in layer_costs(config) for mixer in layer.mixers
+    )
     return 3.0 * (forward + _head_flops(config))
 
 
 def hardware_flops_per_token(config: Config) -> float:
     """FLOPs that one training token really takes, masked pairs, padding and recomputation included."""
-    mixers = [mixer for layer in layer_costs(config) for mixer in layer.mixers]
-    elementwise = sum(mixer.elementwise_scan_flops_per_token for mixer in mixers)
-    forward = sum(mixer.projection_flops_per_token + mixer.executed_scan_flops_per_token for mixer in mixers)
-    backward = sum(
-        2 * mixer.projection_flops_per_token + mixer.executed_scan_backward_flops_per_token for mixer in mixers
-    )
-    forward, backward = forward + elementwise, backward + 2 * elementwise
-    again = forward if config.train.recompute == "block" else 0.0
-    return forward + backward + again + 3 * _head_flops(config)
+    return sum(_executed_flops(layer, config) for layer in layer_costs(config)) + 3 * _head_flops(config)
+
+
+def _executed_flops(layer: BlockCost, config: Config) -> float:
+    again = config.train.recompute == "block" and not layer.is_joint
+    total = 0.0
+    for mixer in layer.mixers:
+        products, elementwise = mixer.projection_flops_per_token, mixer.elementwise_scan_flops_per_token
+        forward = products + mixer.executed_scan_flops_per_token + elementwise
+        backward = 2 * (products + elementwise) + mixer.executed_scan_backward_flops_per_token
+        total += (2 if again else 1) * forward + backward
+    return layer.positions_per_token * total
 
 
 def _head_flops(config: Config) -> float:
-    return 2.0 * config.model.vocab_size * config.model.hidden_size
+    return 2.0 * config.model.vocab_size * config.model.embedding_size
 
 
 def plan(config: Config, world_size: int | None = None, gpu: str | None = None) -> Plan:
@@ -130,8 +139,8 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
     stages = [_plan_stage(config, layers, index, data_size) for index in range(parallel.pipeline)]
     heaviest = max(stages, key=lambda stage: stage.bytes)
-    embedding = config.model.vocab_size * config.model.hidden_size
-    outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.hidden_size
+    embedding = config.model.vocab_size * config.model.embedding_size
+    outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.embedding_size
     flops = model_flops_per_token(config)
     tokens_per_step = train.global_batch_size * config.data.sequence_length
     return Plan(
@@ -158,6 +167,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
         heaviest_stage=heaviest.stage,
         stages=stages,
         gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
+        tokens_per_inner_position=1.0 / layers[0].positions_per_token,
     )
 
 
@@ -167,7 +177,7 @@ def _plan_stage(config: Config, layers: list[BlockCost], index: int, data_size: 
     parts = stage.bytes_by_part()
     return StagePlan(
         stage=index,
-        layers=per_stage,
+        layers=sum(not layer.is_joint for layer in stage.layers),
         parameters=stage.parameters,
         bytes=sum(parts.values()),
         bytes_by_part=parts,

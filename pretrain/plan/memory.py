@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.config.schema import BlockConfig, Config
-from pretrain.models.registry import MixerConfig, MixerCost, family_of
+from pretrain.models.registry import HierarchyConfig, MixerConfig, MixerCost, family_of, hierarchy_of
 
 FLOAT32 = 4
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -38,46 +38,61 @@ PARTS = {
 
 @dataclass(frozen=True)
 class BlockCost:
-    """A residual block: its mixers' costs, how many norms stand before them, and its state before the first token."""
+    """A residual block: its mixers' costs, how many norms there are, and its state before the first token.
+
+    Attributes:
+        positions_per_token: how many positions it has for each token that is read; below 1 within a hierarchy.
+        norms: as many as mixers, each before one, unless it is a joint.
+        is_joint: it is no block, but what joins two stages of a hierarchy: never computed again in the backward pass.
+    """
 
     mixers: tuple[MixerCost, ...]
     hidden_size: int
     initial_state_bytes: int
+    positions_per_token: float
+    norms: int
+    is_joint: bool = False
 
     @property
     def parameters(self) -> int:
-        return sum(mixer.parameters + self.hidden_size for mixer in self.mixers)
+        return sum(mixer.parameters for mixer in self.mixers) + self.norms * self.hidden_size
 
     @property
     def active_parameters(self) -> int:
-        return sum(mixer.active_parameters + self.hidden_size for mixer in self.mixers)
+        return sum(mixer.active_parameters for mixer in self.mixers) + self.norms * self.hidden_size
 
     def parameters_per_rank(self, tensor: int) -> int:
         """Parameters on one of ``tensor`` tensor-parallel ranks."""
-        return sum(mixer.parameters_per_rank(tensor) + self.hidden_size for mixer in self.mixers)
+        return sum(mixer.parameters_per_rank(tensor) for mixer in self.mixers) + self.norms * self.hidden_size
 
     def activation_bytes_per_token(self, config: Config) -> float:
-        """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed."""
+        """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed, per token read."""
         tensor = config.parallel.tensor
         # Each norm keeps its input in float32; its result is kept by the projections that read it.
         norm = self.hidden_size * (FLOAT32 + BYTES_PER_ELEMENT[config.train.precision])
         norm /= tensor if config.parallel.sequence else 1
-        return sum(norm + mixer.activation_bytes_per_token / tensor for mixer in self.mixers)
+        # A joint's work is not split.
+        split = 1 if self.is_joint else tensor
+        mixers = sum(mixer.activation_bytes_per_token for mixer in self.mixers) / split
+        return self.positions_per_token * (self.norms * norm + mixers)
 
 
-def block_cost(block: BlockConfig, config: Config) -> BlockCost:
-    """Costs of a block's mixers at the configuration's sequence length and precision."""
+def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_per_token: float) -> BlockCost:
+    """Costs of a block's mixers at a width and the configuration's sequence length and precision."""
     sections = [section for section in (block.mixer, block.channel) if section is not None]
-    mixers = tuple(_mixer_cost(section, config, config.data.sequence_length) for section in sections)
+    length = max(1, round(config.data.sequence_length * positions_per_token))
+    mixers = tuple(_mixer_cost(section, config, hidden_size, length) for section in sections)
     # Extrapolated from one and two tokens: a cache that grows with every token is empty before the first.
-    states = [sum(_mixer_cost(section, config, length).state_bytes for section in sections) for length in (1, 2)]
-    return BlockCost(mixers, config.model.hidden_size, 2 * states[0] - states[1])
+    states = [
+        sum(_mixer_cost(section, config, hidden_size, length).state_bytes for section in sections) for length in (1, 2)
+    ]
+    return BlockCost(mixers, hidden_size, 2 * states[0] - states[1], positions_per_token, len(mixers))
 
 
-def _mixer_cost(section: MixerConfig, config: Config, sequence_length: int) -> MixerCost:
+def _mixer_cost(section: MixerConfig, config: Config, hidden_size: int, sequence_length: int) -> MixerCost:
     return family_of(section).cost(
         section,
-        config.model.hidden_size,
+        hidden_size,
         sequence_length,
         BYTES_PER_ELEMENT[config.train.precision],
         config.model.num_layers,
@@ -85,10 +100,23 @@ def _mixer_cost(section: MixerConfig, config: Config, sequence_length: int) -> M
 
 
 def layer_costs(config: Config) -> list[BlockCost]:
-    """One :class:`BlockCost` for each layer of the model, in order."""
-    by_name = {name: block_cost(config.model.blocks[name], config) for name in set(config.model.layers)}
-    pattern = config.model.layers
-    return [by_name[pattern[layer % len(pattern)]] for layer in range(config.model.num_layers)]
+    """One :class:`BlockCost` for each layer of the model, in order; behind them those of a hierarchy's outer stages."""
+    model = config.model
+    positions = 1.0 if model.hierarchy is None else model.hierarchy.inner_positions_per_token
+    by_name = {name: block_cost(model.blocks[name], config, model.hidden_size, positions) for name in set(model.layers)}
+    costs = [by_name[model.layers[layer % len(model.layers)]] for layer in range(model.num_layers)]
+    return costs if model.hierarchy is None else costs + _outer_costs(config, model.hierarchy)
+
+
+def _outer_costs(config: Config, hierarchy: HierarchyConfig) -> list[BlockCost]:
+    element, costs = BYTES_PER_ELEMENT[config.train.precision], []
+    for outer in hierarchy_of(hierarchy).outer_costs(hierarchy, config.model.hidden_size, element):
+        size, positions = outer.hidden_size, outer.positions_per_token
+        if outer.joint is None:
+            costs.append(block_cost(config.model.blocks[outer.block], config, size, positions))
+        else:
+            costs.append(BlockCost((outer.joint,), size, 0, positions, outer.norms, is_joint=True))
+    return costs
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,7 @@ class Stage:
 
     @property
     def head_parameters(self) -> int:
-        return -(-self.config.model.vocab_size // self.config.parallel.tensor) * self.config.model.hidden_size
+        return -(-self.config.model.vocab_size // self.config.parallel.tensor) * self.config.model.embedding_size
 
     @property
     def parameters(self) -> int:
@@ -129,23 +157,27 @@ class Stage:
         tied_on_one_stage = first and last and self.config.model.tie_embeddings
         total += self.head_parameters * (1 if tied_on_one_stage else first + last)
         if last:
-            total += self.config.model.hidden_size
+            total += self.config.model.embedding_size
         return total
 
     def activation_bytes(self, recompute: str) -> int:
         """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
-        parallel, hidden_size = self.config.parallel, self.config.model.hidden_size
+        parallel = self.config.parallel
         element = BYTES_PER_ELEMENT[self.config.train.precision]
         split = parallel.tensor if parallel.sequence else 1
         whole = [layer.activation_bytes_per_token(self.config) for layer in self.layers]
         if recompute == "block":
             # Every block keeps its input; the one that runs backward has all of its own again.
-            per_token = self.micro_batches_in_flight * len(self.layers) * hidden_size * element / split
-            per_token += max(whole)
+            kept = [
+                size if layer.is_joint else layer.positions_per_token * layer.hidden_size * element / split
+                for layer, size in zip(self.layers, whole, strict=True)
+            ]
+            per_token = self.micro_batches_in_flight * sum(kept)
+            per_token += max(size for layer, size in zip(self.layers, whole, strict=True) if not layer.is_joint)
         else:
             per_token = self.micro_batches_in_flight * sum(whole)
         if self.is_last:
-            per_token += hidden_size * (FLOAT32 + element) / split
+            per_token += self.config.model.embedding_size * (FLOAT32 + element) / split
         return int(self.tokens * per_token)
 
     def bytes_by_part(self) -> dict[str, int]:
@@ -182,8 +214,12 @@ class Stage:
         return int(self.tokens * per_token * copies)
 
     def _state_bytes(self) -> int:
-        states = sum(layer.initial_state_bytes for layer in self.layers)
-        return states * self.config.train.micro_batch_size // self.config.parallel.tensor
+        # The chunks of a micro-batch stand in one row, which begins with one state.
+        rows = self.config.train.micro_batch_size
+        states = sum(
+            layer.initial_state_bytes * (rows if layer.positions_per_token == 1 else 1) for layer in self.layers
+        )
+        return states // self.config.parallel.tensor
 
     def _working_bytes(self) -> int:
         """Of the layer, or of the head, that needs most."""
@@ -192,7 +228,8 @@ class Stage:
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
-            mixer.working_bytes_per_token / tensor * self.tokens + per_parameter * mixer.parameters_per_rank(tensor)
+            mixer.working_bytes_per_token / tensor * self.tokens * layer.positions_per_token
+            + per_parameter * mixer.parameters_per_rank(tensor)
             for layer in self.layers
             for mixer in layer.mixers
         ]

@@ -61,6 +61,8 @@ def _overview(plan: Plan) -> Table:
         "micro-batches per step and rank": f"{plan.micro_batches:,}",
         "pipeline bubble": f"{plan.pipeline_bubble_fraction:.1%}",
     }
+    if plan.tokens_per_inner_position > 1:
+        rows["tokens per innermost position, expected"] = f"{plan.tokens_per_inner_position:.4g}"
     if plan.gpu is not None:
         peak = plan.gpu.peak_flops_per_second * plan.world_size
         rows["peak rate of all GPUs"] = f"{format_count(peak)}FLOP/s bf16"

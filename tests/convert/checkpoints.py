@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import TensorPiece, write_checkpoint
 from pretrain.config import Config
+from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
 from pretrain.models.parameters import declared_parameters
 from pretrain.parallel.topology import build_topology, megatron_config
@@ -31,7 +32,7 @@ def random_decoder(config: Config, seed: int = 0) -> Decoder:
     Embeddings are larger than what the blocks add to them, so that layers amplify rounding little.
     """
     build_topology(config)
-    decoder = Decoder(config.model, megatron_config(config))
+    decoder = build_decoder(config.model, megatron_config(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in declared_parameters(decoder):

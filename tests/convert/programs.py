@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
-from pretrain.models.decoder import Decoder
+from pretrain.models.building import build_decoder
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import declared_parameters
 from pretrain.parallel.topology import build_topology, megatron_config
@@ -19,7 +19,7 @@ def read_slices(run: str, parallel: dict) -> dict[str, tuple[Tensor, int | None]
     """This rank's parameters as read from the run's checkpoint, with the dimension that is split."""
     config = tiny_config(model=model_section(), parallel=parallel)
     build_topology(config)
-    model = Decoder(config.model, megatron_config(config))
+    model = build_decoder(config.model, megatron_config(config))
     with CheckpointReader(resolve_checkpoint(Path(run))) as reader:
         read_weights(model, reader)
     return {

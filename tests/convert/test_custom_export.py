@@ -26,6 +26,7 @@ from pretrain.generate import generate
 from pretrain.models.decoder import Decoder
 from pretrain.models.registry import channel_mixers, sequence_mixers
 from tests.convert.checkpoints import model_section, random_tokens, write_run
+from tests.models.hnet_models import hnet_model
 
 HIDDEN_SIZE = 64
 
@@ -48,7 +49,12 @@ MODELS = {
     "all": mix_of_all_mixers(),
     "layer norm": model_section(norm="layer", norm_epsilon=1e-3),
     "tied": model_section(tie_embeddings=True, output_logit_soft_cap=4.0),
+    # Without mLSTM, whose cells with random weights amplify rounding through all stages.
+    "hierarchy": json.loads(
+        json.dumps(hnet_model(2)).replace('["mlstm", ', '["mamba2", ').replace('["mlstm"]', '["mamba2"]')
+    ),
 }
+ARCHITECTURES = {"hierarchy": "HNetForCausalLM"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +78,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("custom")
     run, decoder = write_run(directory / "run", MODELS[request.param])
     report = export_model(run, directory / "out")
-    assert (report.architecture, report.needs_code, report.cached_generation) == ("RecurrentForCausalLM", True, True)
+    architecture = ARCHITECTURES.get(request.param, "RecurrentForCausalLM")
+    assert (report.architecture, report.needs_code, report.cached_generation) == (architecture, True, True)
     assert (report.comparison.lengths, report.comparison.tolerance) == (COMPARED_LENGTHS, 1e-4)
     assert len(report.unfit) == 5 and "xLSTMForCausalLM" in str(report)
     # The code under the name of the unfinished directory is gone again.
@@ -217,7 +224,7 @@ def test_the_files(exported: tuple[Path, Decoder, str]) -> None:
     directory, _, name = exported
     code = {file.name for file in directory.glob("*.py")}
     assert {"configuration_recurrent.py", "modeling_recurrent.py", "mixers.py", "layers.py"} < code
-    if name != "all":
+    if name not in ("all", "hierarchy"):
         assert code - {"configuration_recurrent.py", "modeling_recurrent.py", "mixers.py", "layers.py"} == {
             "mixer_mlstm.py",
             "channel_swiglu.py",
@@ -226,7 +233,8 @@ def test_the_files(exported: tuple[Path, Decoder, str]) -> None:
     for file in directory.glob("*.py"):
         assert self_contained(file.read_text()) == file.read_text()
     config = json.loads((directory / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_recurrent.RecurrentForCausalLM"
+    loaded_by = "modeling_hnet.HNetForCausalLM" if name == "hierarchy" else "modeling_recurrent.RecurrentForCausalLM"
+    assert config["auto_map"]["AutoModelForCausalLM"] == loaded_by
     assert (config["bos_token_id"], config["vocab_size"]) == (256, 264)
 
 
@@ -256,7 +264,7 @@ print(difference)
 """
 
 
-@pytest.mark.parametrize("exported", ["all"], indirect=True)
+@pytest.mark.parametrize("exported", ["all", "hierarchy"], indirect=True)
 def test_it_needs_no_code_of_ours(exported: tuple[Path, Decoder, str], tmp_path: Path) -> None:
     """In a new process, where this package cannot be imported, from a directory of its own."""
     directory, decoder, _ = exported

@@ -13,7 +13,10 @@ from pretrain.config import Config, load_config
 BATCH = ("train.global_batch_size=16", "train.micro_batch_size=8")
 ONE_PROCESS = ("train.device=cpu", "parallel.tensor=1", "parallel.sequence=false", "parallel.zero=0")
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
+EVERY_FAMILY = sorted(path.name for path in (CONFIGS / "models").iterdir())
+# How many positions their layers have depends on what they read; test_hierarchies.py is about them.
+HIERARCHIES = [name for name in EVERY_FAMILY if "hierarchy" in (CONFIGS / f"models/{name}/tiny.yaml").read_text()]
+FAMILIES = [name for name in EVERY_FAMILY if name not in HIERARCHIES]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import Config
+from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
 from pretrain.models.mixer import Documents
 from pretrain.parallel.topology import build_topology, megatron_config
@@ -22,7 +23,7 @@ from tests.conformance.declarations import FLOP_FORMULAS
 def build(config: Config) -> Decoder:
     """The model on one process, its parameters not yet filled."""
     build_topology(config)
-    return Decoder(config.model, megatron_config(config))
+    return build_decoder(config.model, megatron_config(config))
 
 
 def flop_counter() -> FlopCounterMode:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pretrain.config import Config, load_config, parse_config
-from pretrain.models.decoder import Decoder
+from pretrain.models.building import build_decoder
 from pretrain.parallel.topology import build_topology, megatron_config
 from pretrain.plan import plan
 from tests.plan.conftest import CONFIGS, ONE_PROCESS
@@ -52,7 +52,7 @@ def test_parameters_in_the_comment_the_plan_and_the_model(name: str) -> None:
     estimate = plan(config, 1)
     build_topology(config)
     with torch.device("meta"):
-        model = Decoder(config.model, megatron_config(config))
+        model = build_decoder(config.model, megatron_config(config))
     counted = sum(parameter.numel() for parameter in model.parameters())
     assert int(stated.replace(",", "")) == estimate.parameters == estimate.stages[0].parameters == counted
     assert counted == PUBLISHED.get(name, counted)

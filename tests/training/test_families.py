@@ -48,6 +48,16 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
     assert records[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.5)
     assert records[-1]["held_out_bits_per_byte"] < records[99]["held_out_bits_per_byte"]
 
+    stages = len(config.model.hierarchy.stages) if config.model.hierarchy is not None else 0
+    for record in records:
+        assert sum(name.startswith("ratio_loss") for name in record) == stages
+    for stage in range(stages):
+        # Chunks come to the size that is asked for, from far away, and stay there.
+        target = config.model.hierarchy.stages[stage].target_ratio
+        fractions = [record[f"boundary_fraction_{stage}"] for record in records]
+        assert max(abs(1 / fraction - target) for fraction in fractions[:30]) > 0.5 * target
+        assert sum(fractions[-50:]) / 50 == pytest.approx(1 / target, rel=0.5)
+
     if family.startswith("para_"):
         for record in records:
             assert record.keys() >= NEWTON

@@ -22,6 +22,9 @@ class RecurrentConfig(PretrainedConfig):
         use_cache: whether evaluation returns the states after the last token.
         initializer_range: standard deviation of matrices that are not loaded. The models were trained from another
             start, layer by layer; begin a new training there rather than here.
+        embedding_size: width of the embedding and the head; None: ``hidden_size``.
+        hierarchy: stages round the layers, ``{"type": "hnet", "stages": [{"hidden_size": ..., "encoder": [...],
+            "decoder": [...]}]}`` from the outermost inwards, each part a list of names in ``blocks``; None: none.
     """
 
     model_type = "recurrent_decoder"
@@ -39,6 +42,8 @@ class RecurrentConfig(PretrainedConfig):
         use_cache: bool = True,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
+        embedding_size: int | None = None,
+        hierarchy: dict[str, Any] | None = None,
         **fields: Any,
     ):
         self.vocab_size = vocab_size
@@ -46,6 +51,8 @@ class RecurrentConfig(PretrainedConfig):
         self.layers = layers or []
         self.blocks = blocks or {}
         self.num_hidden_layers = len(self.layers)
+        self.embedding_size = hidden_size if embedding_size is None else embedding_size
+        self.hierarchy = hierarchy
         self.norm = norm
         self.norm_epsilon = norm_epsilon
         self.output_logit_soft_cap = output_logit_soft_cap

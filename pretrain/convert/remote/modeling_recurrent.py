@@ -82,18 +82,18 @@ def row_groups(attention_mask: Tensor | None, batch: int, device: torch.device) 
 class RecurrentBlock(GradientCheckpointingLayer):
     """``x + mixer(norm(x))``, then ``x + channel(norm(x))``."""
 
-    def __init__(self, config: RecurrentConfig, block: dict[str, dict[str, Any]]):
+    def __init__(self, config: RecurrentConfig, block: dict[str, dict[str, Any]], hidden_size: int):
         super().__init__()
         norm = NORMS[config.norm]
         self.mixer = self.channel = None
         if "mixer" in block:
             settings = dict(block["mixer"])
-            self.mixer_norm = norm(config.hidden_size, config.norm_epsilon)
-            self.mixer = MIXERS[settings.pop("type")](config.hidden_size, **settings)
+            self.mixer_norm = norm(hidden_size, config.norm_epsilon)
+            self.mixer = MIXERS[settings.pop("type")](hidden_size, **settings)
         if "channel" in block:
             settings = dict(block["channel"])
-            self.channel_norm = norm(config.hidden_size, config.norm_epsilon)
-            self.channel = CHANNELS[settings.pop("type")](config.hidden_size, **settings)
+            self.channel_norm = norm(hidden_size, config.norm_epsilon)
+            self.channel = CHANNELS[settings.pop("type")](hidden_size, **settings)
 
     def forward(self, hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
         """Maps ``(batch, sequence, hidden_size)`` to the same shape, from one state to the next."""
@@ -116,11 +116,22 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(RecurrentBlock(config, config.blocks[name]) for name in config.layers)
-        self.output_norm = NORMS[config.norm](config.hidden_size, config.norm_epsilon)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.layers = nn.ModuleList(
+            RecurrentBlock(config, config.blocks[name], config.hidden_size) for name in config.layers
+        )
+        self.output_norm = NORMS[config.norm](config.embedding_size, config.norm_epsilon)
+        self.head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
+        self._make_further_modules()
         self.post_init()
+
+    def _make_further_modules(self) -> None:
+        """What a subclass has beside these."""
+
+    @property
+    def residual_streams(self) -> int:
+        """How many tensors :meth:`_blocks` returns beside the embeddings."""
+        return len(self.layers)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -162,7 +173,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """One call on ``(batch, sequence)`` tokens, or ``(batch, sequence, hidden_size)`` embeddings.
+        """One call on ``(batch, sequence)`` tokens, or ``(batch, sequence, embedding_size)`` embeddings.
 
         Args:
             input_ids, inputs_embeds: exactly one of them.
@@ -219,7 +230,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             group = cache.groups[0]
             per_block, states = self._blocks(hidden, group.states)
             return per_block, RecurrentCache([RowGroup(group.rows, group.padding, states)], cache.tokens + length)
-        per_block = [hidden, *(torch.zeros_like(hidden) for _ in self.layers)]
+        per_block = [hidden, *(torch.zeros_like(hidden) for _ in range(self.residual_streams))]
         groups = []
         for group in cache.groups:
             skipped = min(max(group.padding - cache.tokens, 0), length)

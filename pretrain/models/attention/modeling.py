@@ -72,13 +72,14 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Maps ``(batch, sequence, hidden_size)`` to the same shape, from one state to the next.
 
-        The state is the keys, rotated, and values that later tokens may see, and how many tokens were read.
+        The state is the keys, rotated, and values that later tokens may see, and how many tokens were read: only so
+        many of the last keys count, so that sequences of different lengths can share a batch.
         """
         batch, length = hidden.shape[:2]
         query, key, value = map(self._heads, NAMES, self.projections(hidden))
         read = hidden.new_zeros(batch, dtype=torch.float32) if state is None else state["position"]
+        positions = read[:, None] + torch.arange(length, device=hidden.device)
         if self.rotary_size:
-            positions = read[:, None] + torch.arange(length, device=hidden.device)
             query, key = (rotate(heads, positions, self.rotary_size, self.rotary_base) for heads in (query, key))
         kept = {"key": key.float(), "value": value.float()}
         if state is not None:
@@ -88,9 +89,11 @@ class Attention(nn.Module):
         # Every query's own key is among the last `length`.
         own = torch.arange(keys.shape[2] - length, keys.shape[2], device=hidden.device)[:, None]
         back = own - torch.arange(keys.shape[2], device=hidden.device)
-        visible = back >= 0 if self.sliding_window is None else (back >= 0) & (back < self.sliding_window)
+        visible = (back >= 0) & (back <= positions[..., None])
+        if self.sliding_window is not None:
+            visible = visible & (back < self.sliding_window)
         mixed = nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=visible, scale=self.softmax_scale, enable_gqa=True
+            query.transpose(1, 2), keys, values, attn_mask=visible[:, None], scale=self.softmax_scale, enable_gqa=True
         )
         output = self.output(mixed.transpose(1, 2).flatten(2))
         if self.output_bias is not None:

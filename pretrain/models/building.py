@@ -1,0 +1,16 @@
+"""The class of a model, by its configuration."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pretrain.config.schema import ModelConfig
+from pretrain.models.decoder import Decoder
+from pretrain.models.registry import hierarchy_of
+
+
+def build_decoder(model: ModelConfig, megatron: TransformerConfig) -> Decoder:
+    """This rank's part of a model on the current default device, its parameters not yet filled; groups must exist."""
+    if model.hierarchy is None:
+        return Decoder(model, megatron)
+    return hierarchy_of(model.hierarchy).model(model, megatron)

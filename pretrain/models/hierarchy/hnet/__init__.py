@@ -1,0 +1,1 @@
+"""H-Net: chunks whose boundaries the model itself chooses."""

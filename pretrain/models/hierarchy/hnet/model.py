@@ -1,0 +1,199 @@
+"""H-Net: stages that choose their own chunks, round a decoder that sees nothing but those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from data.packing import Batch
+from pretrain.config.schema import ModelConfig
+from pretrain.models.decoder import IGNORED_LABEL, Decoder
+from pretrain.models.hierarchy.hnet.chunking import Chunks, find_chunks
+from pretrain.models.hierarchy.hnet.dechunking import dechunk
+from pretrain.models.hierarchy.hnet.ratio_loss import RatioLoss
+from pretrain.models.hierarchy.hnet.stage import HNetStage
+from pretrain.models.mixer import Documents, LayerContext, State
+from pretrain.models.norm import NORMS
+from pretrain.models.parameters import scale_learning_rate
+from pretrain.models.states import join_rows, select_rows
+
+
+class HNet(Decoder):
+    """Dynamic chunking (Hwang et al. 2025, arXiv 2507.07955), for each stage from the outermost inwards::
+
+        x  = norm(encoder(input))
+        b  = router(x)                                     which positions begin a chunk, and how sure that is
+        z  = inner([x_t where b_t; padding])               another stage, or norm(layers), whose width may be larger
+        y  = STE(confidence_t) dechunk(z)_t + W x_t        the first channels of z, smoothed; W in float32, at first 0
+        output = norm(decoder(y))
+
+    The embedding, the outermost norm and the head are those of :class:`Decoder` at the outermost stage's width.
+    Boundaries restart with each document, as every state does: packed documents are documents alone.
+
+    In training the chunks of all sequences of a micro-batch stand in one row, without padding; see
+    :class:`pretrain.models.hierarchy.hnet.chunking.Chunks`. Where states are kept, for generation, sequences that
+    have equally many chunks in a call go through the inner network together.
+    """
+
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig):
+        super().__init__(model, megatron)
+        config, depth = model.hierarchy, 0
+        sizes = [stage.hidden_size for stage in config.stages] + [model.hidden_size]
+        factors = [stage.learning_rate_factor for stage in config.stages] + [config.inner_learning_rate_factor]
+        scale_learning_rate(self.parameters(), factors[0])
+        scale_learning_rate(self.layers.parameters(), factors[-1])
+        self.inner_norm = NORMS[model.norm](model.hidden_size, model.norm_epsilon, False)
+        scale_learning_rate(self.inner_norm.parameters(), factors[-1])
+        self.stages = nn.ModuleList()
+        for index, stage in enumerate(config.stages):
+            self.stages.append(
+                HNetStage(stage, model, megatron, sizes[index + 1], factors[index + 1], depth, has_norm=index > 0)
+            )
+            depth += len(stage.encoder) + len(stage.decoder)
+        self.ratio_loss = RatioLoss([stage.target_ratio for stage in config.stages], config.ratio_loss_weight)
+
+    def _context(self, layer: int) -> LayerContext:
+        depth = sum(len(stage.encoder) + len(stage.decoder) for stage in self.model.hierarchy.stages)
+        return LayerContext(self.model.hidden_size, depth + layer, depth + self.model.num_layers, self.config)
+
+    def prepare_batch(self, called: nn.Module, micro_batches: Sequence[Batch], labels: float, train: bool) -> None:
+        if not train:
+            return
+        counts = None
+        if len(micro_batches) > 1:
+            device = next(self.parameters()).device
+            with torch.no_grad():
+                counts = torch.stack(
+                    [called(batch.tokens.to(device), None, batch.document_starts.to(device)) for batch in micro_batches]
+                ).sum(0)
+        self.ratio_loss.begin_batch(labels, counts)
+
+    def take_metrics(self) -> dict[str, float]:
+        return super().take_metrics() | self.ratio_loss.take_metrics()
+
+    def forward(self, tokens: Tensor, labels: Tensor | None, document_starts: Tensor) -> Tensor:
+        """One micro-batch for training, as in :class:`Decoder`; the ratio loss adds to gradients alone.
+
+        Without labels: how many positions each stage and the innermost network have, ``(stages + 1,)`` float64.
+        """
+        if labels is None:
+            masks = self.boundaries(tokens, document_starts)
+            chosen = [mask.sum(dtype=torch.float64) for mask in masks]
+            return torch.stack([chosen[0].new_tensor(tokens.numel()), *chosen])
+        self.ratio_loss.begin_micro_batch()
+        loss = super().forward(tokens, labels, document_starts)
+        if not torch.is_grad_enabled():
+            return loss
+        return self.ratio_loss.added_to(loss, (labels != IGNORED_LABEL).sum())
+
+    def _blocks(
+        self,
+        hidden: Tensor,
+        states: dict[str, State] | None,
+        documents: Documents | None,
+        keep_states: bool,
+    ) -> tuple[Tensor, dict[str, State]]:
+        return self._from_stage(0, hidden, states, documents, keep_states)
+
+    def _from_stage(
+        self,
+        index: int,
+        hidden: Tensor,
+        states: dict[str, State] | None,
+        documents: Documents | None,
+        keep_states: bool,
+    ) -> tuple[Tensor, dict[str, State]]:
+        """Stage ``index`` with all that stands further in; behind the last one that is the innermost network."""
+        if index == len(self.stages):
+            hidden, final = super()._blocks(hidden, states, documents, keep_states)
+            return self.inner_norm(hidden), final
+        stage, name = self.stages[index], f"stages.{index}"
+        starts = None if documents is None else documents.starts
+        encoded, boundaries, final = stage.encode(hidden, states, documents, name)
+        self.ratio_loss.record(index, boundaries)
+        chunks = find_chunks(boundaries.chosen, starts, continues=states is not None)
+        vectors = stage.widen(chunks.gather(encoded))
+        if keep_states:
+            further_in = None
+            if states is not None:
+                further_in = {key: state for key, state in states.items() if not key.startswith(f"{name}.")}
+            vectors, inner_final = self._by_counts(index + 1, vectors, chunks, further_in)
+        else:
+            row = Documents((chunks.begins_sequence | chunks.begins_document)[None])
+            vectors, inner_final = self._from_stage(index + 1, vectors[:, None], None, row, False)
+            vectors = vectors[:, 0]
+        carried = None if states is None else states[f"{name}.dechunk"]["average"]
+        smoothed, average = dechunk(vectors[:, : stage.hidden_size], boundaries.probability, chunks, carried)
+        hidden, decoder_final = stage.decode(smoothed, encoded, boundaries, states, documents, name)
+        if not keep_states:
+            return hidden, {}
+        return hidden, final | inner_final | decoder_final | {f"{name}.dechunk": {"average": average}}
+
+    def _by_counts(
+        self, index: int, vectors: Tensor, chunks: Chunks, states: dict[str, State] | None
+    ) -> tuple[Tensor, dict[str, State]]:
+        """What stands further in, for sequences that each have a state: those with equally many chunks at a time.
+
+        Args:
+            vectors: ``(chunks, inner_size)``, in the row of ``chunks``.
+            states: of what stands further in; None where every sequence begins here.
+
+        Returns:
+            ``(chunks, inner_size)``, and the states in the order of the sequences.
+        """
+        counts = chunks.counts
+        outputs, order, finals = torch.zeros_like(vectors), [], []
+        for count in counts.unique().tolist():
+            rows = (counts == count).nonzero()[:, 0]
+            order.append(rows)
+            before = None if states is None else select_rows(states, rows)
+            if count == 0:
+                # Only where there is a state: a sequence begins with a chunk.
+                finals.append(before)
+                continue
+            places = chunks.offsets[rows] + torch.arange(count, device=rows.device)[:, None]
+            documents = Documents(chunks.begins_document[places].t())
+            inner, after = self._from_stage(index, vectors[places], before, documents, True)
+            outputs = outputs.index_put((places,), inner)
+            finals.append(after)
+        return outputs, select_rows(join_rows(finals), torch.cat(order).argsort())
+
+    def boundaries(self, tokens: Tensor, document_starts: Tensor | None) -> list[Tensor]:
+        """Which positions of each stage begin a chunk, found by encoders and routers alone.
+
+        Args:
+            tokens: ``(batch, sequence)`` int64.
+            document_starts: ``(batch, sequence)`` bool; None: one document per sequence, from its first token on.
+
+        Returns:
+            ``(batch, sequence)`` bool for the outermost stage; for each further one ``(1, chunks)`` over the chunks
+            of the one before, in the order of :class:`Chunks`.
+        """
+        hidden = self._embed(tokens)
+        documents, found = None if document_starts is None else Documents(document_starts), []
+        for index, stage in enumerate(self.stages):
+            encoded, boundaries, _ = stage.encode(hidden, None, documents, f"stages.{index}")
+            found.append(boundaries.chosen)
+            if len(found) == len(self.stages):
+                break
+            starts = None if documents is None else documents.starts
+            chunks = find_chunks(boundaries.chosen, starts, continues=False)
+            hidden = stage.widen(chunks.gather(encoded))[:, None]
+            documents = Documents((chunks.begins_sequence | chunks.begins_document)[None])
+        return found
+
+    def chunk_starts(self, tokens: Tensor, document_starts: Tensor | None = None) -> list[Tensor]:
+        """Where chunks of each stage begin, ``(batch, sequence)`` bool over the tokens; arguments as above."""
+        first, *further = self.boundaries(tokens, document_starts)
+        row, position = first.nonzero(as_tuple=True)
+        found = [first]
+        for chosen in further:
+            row, position = row[chosen[0]], position[chosen[0]]
+            found.append(torch.zeros_like(first).index_put((row, position), torch.ones_like(row, dtype=torch.bool)))
+        return found
+
+
+MODEL = HNet
