@@ -65,9 +65,32 @@ class ModelConfig(StrictModel):
                     raise ValueError(f"blocks.{name}.{part}: {problem}")
         return self
 
+    @model_validator(mode="after")
+    def _layers_agree_on_what_they_carry(self) -> ModelConfig:
+        seen: dict[str, tuple[str, int]] = {}
+        for name in dict.fromkeys(self.layers):
+            channel = self.blocks[name].channel
+            for tensor, size in (channel.carried(self.hidden_size) if channel else {}).items():
+                first, other = seen.setdefault(tensor, (name, size))
+                if other != size:
+                    raise ValueError(
+                        f"layers carry one {tensor} from each to the next, but blocks.{first}.channel gives it {other} "
+                        f"channels and blocks.{name}.channel {size}; give both the same size"
+                    )
+        return self
+
     def block(self, layer: int) -> BlockConfig:
         """The block of a layer, counted from 0 over the whole model."""
         return self.blocks[self.layers[layer % len(self.layers)]]
+
+    def blocks_in_use(self) -> list[BlockConfig]:
+        """The blocks that ``layers`` names, each once, in order."""
+        return [self.blocks[name] for name in dict.fromkeys(self.layers)]
+
+    def carried_channels(self) -> dict[str, int]:
+        """What flows from layer to layer beside the hidden states: float32 channels per token, by name, in order."""
+        channels = [block.channel for block in self.blocks_in_use() if block.channel is not None]
+        return dict(sorted(item for channel in channels for item in channel.carried(self.hidden_size).items()))
 
 
 class ParallelConfig(StrictModel):

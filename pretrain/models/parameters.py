@@ -34,6 +34,9 @@ class ParameterSpec:
         bound: the optimizer keeps every element within [-bound, bound] after each step; None leaves it free.
         pipeline_copy: another pipeline stage holds this very parameter (a tied embedding): gradients of the
             copies are summed, and norms and checkpoints count the parameter there.
+        on_every_stage: all pipeline stages hold this very parameter, and gradients are summed over them.
+        expert: the parameter belongs to one routed expert: under expert parallelism one rank of each expert-parallel
+            group holds it, and its gradient is reduced over the ranks that do.
     """
 
     initialise: Initialiser
@@ -43,6 +46,8 @@ class ParameterSpec:
     partial_gradient: bool = False
     bound: float | None = None
     pipeline_copy: bool = False
+    on_every_stage: bool = False
+    expert: bool = False
 
 
 def normal(standard_deviation: float) -> Initialiser:

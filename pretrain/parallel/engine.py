@@ -76,12 +76,13 @@ class Engine(ABC):
             group["lr"] = learning_rate
 
     def sum_partial_gradients(self) -> None:
-        """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of tied embeddings."""
+        """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of what stages share."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             for parameter in self.parameters.values():
                 if parameter.spec.partial_gradient and parameter.grad is not None:
                     dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
         self._sum_gradients_of_tied_embeddings()
+        self._sum_gradients_of_shared_modules()
 
     def _sum_gradients_of_tied_embeddings(self) -> None:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -90,6 +91,16 @@ class Engine(ABC):
             return
         # Megatron-core's group of the first and the last stage.
         dist.all_reduce(self.parameters["embedding.weight"].grad, group=parallel_state.get_embedding_group())
+
+    def _sum_gradients_of_shared_modules(self) -> None:
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.spec.on_every_stage:
+                if parameter.grad is None:
+                    # No layer of this stage uses it.
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 class ReplicatedEngine(Engine):
