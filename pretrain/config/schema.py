@@ -101,6 +101,9 @@ class ParallelConfig(StrictModel):
         False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
     )
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
+    expert: int = Field(
+        1, ge=1, description="expert-parallel size: routed experts split over so many data-parallel ranks"
+    )
     data: int | None = Field(
         None, ge=1, description="data-parallel size; null takes what the number of processes leaves"
     )
@@ -121,6 +124,13 @@ class ParallelConfig(StrictModel):
                 f"a pipeline stage keeps its whole gradients until its last micro-batch, and ZeRO-3's collective "
                 f"calls deadlock against the stages' sends; use zero=0 or zero=1, or pipeline=1"
             )
+        if self.expert > 1 and self.zero == 3:
+            raise ValueError(
+                f"zero=3 does not go with expert={self.expert}: DeepSpeed's ZeRO-3 splits every weight over all "
+                f"data-parallel ranks, also those that hold other experts; use zero=0, 1 or 2, or expert=1"
+            )
+        if self.data is not None and self.data % self.expert:
+            raise ValueError(f"data={self.data} is not divisible by expert={self.expert}; change either")
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence=true needs tensor > 1: it splits the sequence over tensor-parallel ranks")
         return self
@@ -237,6 +247,21 @@ def _layout_problem(config: Config) -> str | None:
             problem = section.problem(model.hidden_size, parallel.tensor) if section else None
             if problem:
                 return f"model.blocks.{name}.{part}: {problem}"
+    return _expert_problem(model, parallel.expert)
+
+
+def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
+    if expert_parallel == 1:
+        return None
+    counts = {name: block.channel.routed_experts() for name, block in model.blocks.items() if block.channel}
+    if not any(counts.values()):
+        return f"parallel.expert={expert_parallel}, but no block of the model has routed experts; set it to 1"
+    for name, count in counts.items():
+        if count % expert_parallel:
+            return (
+                f"model.blocks.{name}.channel: its {count} experts are not divisible by "
+                f"parallel.expert={expert_parallel}; every rank holds the same number of experts"
+            )
     return None
 
 
@@ -272,6 +297,12 @@ def check_world_size(config: Config, world_size: int) -> str | None:
             f"start a multiple of {parallel.model_parallel} processes or change the layout"
         )
     data_parallel = world_size // parallel.model_parallel
+    if data_parallel % parallel.expert:
+        return (
+            f"{world_size} processes leave {data_parallel} data-parallel ranks, which parallel.expert="
+            f"{parallel.expert} does not divide; start a multiple of {parallel.model_parallel * parallel.expert} "
+            f"processes or change the layout"
+        )
     if parallel.data is not None and parallel.data != data_parallel:
         return (
             f"parallel.data={parallel.data}, but {world_size} processes over {parallel.model_parallel} ranks a "

@@ -28,18 +28,18 @@ class BoundedAdamW(torch.optim.AdamW):
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay and bound.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay and bound, experts apart.
 
     The foreach form is one code path on every device and over ZeRO's flat partitions alike.
     """
-    groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float | None, bool], list[nn.Parameter]] = {}
     for _, parameter in declared_parameters(model):
         spec = parameter.spec
-        groups.setdefault((spec.weight_decay, spec.bound), []).append(parameter)
+        groups.setdefault((spec.weight_decay, spec.bound, spec.expert), []).append(parameter)
     return BoundedAdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "bound": bound}
-            for (decays, bound), parameters in groups.items()
+            for (decays, bound, _), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,
