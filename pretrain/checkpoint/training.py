@@ -47,12 +47,14 @@ class TrainingPosition:
 def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
     """This rank's part of the checkpoint; each element of a tensor comes from exactly one rank.
 
-    Reading is collective over the data-parallel group, so every rank walks all of its parameters.
+    Reading is collective over the data-parallel group (of experts: over the ranks that hold them), so every rank walks
+    all of its parameters.
     """
     for name, parameter in engine.parameters.items():
         sharded = parameter.spec.shard_dimension
         shape = engine.shapes[name]
-        writes = topology.data_rank == 0 and (sharded is not None or topology.tensor_rank == 0)
+        copy = topology.expert_data_rank if parameter.spec.expert else topology.data_rank
+        writes = copy == 0 and (sharded is not None or topology.tensor_rank == 0)
         writes = writes and not parameter.spec.pipeline_copy
         for kind in ("weight", *MOMENTS):
             tensor = engine.read_state(name, kind)

@@ -74,6 +74,13 @@ class ModelConfig(StrictModel):
         problem = self.hierarchy.problem(self.hidden_size) if self.hierarchy is not None else None
         if problem:
             raise ValueError(f"hierarchy: {problem}")
+        for used in self.used_blocks() if self.hierarchy is not None else ():
+            channel = self.blocks[used.name].channel
+            if channel is not None and channel.carried(used.hidden_size):
+                raise ValueError(
+                    f"blocks.{used.name}.channel: {channel.type} hands tensors from layer to layer, which the stages "
+                    f"of a hierarchy do not pass on; use another channel mixer, or no hierarchy"
+                )
         problem = self.block_problem(1)
         if problem:
             raise ValueError(problem)
@@ -99,9 +106,32 @@ class ModelConfig(StrictModel):
         """Width of the embedding and of the head."""
         return self.hidden_size if self.hierarchy is None else self.hierarchy.embedding_size
 
+    @model_validator(mode="after")
+    def _layers_agree_on_what_they_carry(self) -> ModelConfig:
+        seen: dict[str, tuple[str, int]] = {}
+        for name in dict.fromkeys(self.layers):
+            channel = self.blocks[name].channel
+            for tensor, size in (channel.carried(self.hidden_size) if channel else {}).items():
+                first, other = seen.setdefault(tensor, (name, size))
+                if other != size:
+                    raise ValueError(
+                        f"layers carry one {tensor} from each to the next, but blocks.{first}.channel gives it {other} "
+                        f"channels and blocks.{name}.channel {size}; give both the same size"
+                    )
+        return self
+
     def block(self, layer: int) -> BlockConfig:
         """The block of a layer, counted from 0 over the whole model."""
         return self.blocks[self.layers[layer % len(self.layers)]]
+
+    def blocks_in_use(self) -> list[BlockConfig]:
+        """The blocks that ``layers`` names, each once, in order."""
+        return [self.blocks[name] for name in dict.fromkeys(self.layers)]
+
+    def carried_channels(self) -> dict[str, int]:
+        """What flows from layer to layer beside the hidden states: float32 channels per token, by name, in order."""
+        channels = [block.channel for block in self.blocks_in_use() if block.channel is not None]
+        return dict(sorted(item for channel in channels for item in channel.carried(self.hidden_size).items()))
 
 
 class ParallelConfig(StrictModel):
@@ -112,6 +142,9 @@ class ParallelConfig(StrictModel):
         False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
     )
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
+    expert: int = Field(
+        1, ge=1, description="expert-parallel size: routed experts split over so many data-parallel ranks"
+    )
     data: int | None = Field(
         None, ge=1, description="data-parallel size; null takes what the number of processes leaves"
     )
@@ -132,6 +165,13 @@ class ParallelConfig(StrictModel):
                 f"a pipeline stage keeps its whole gradients until its last micro-batch, and ZeRO-3's collective "
                 f"calls deadlock against the stages' sends; use zero=0 or zero=1, or pipeline=1"
             )
+        if self.expert > 1 and self.zero == 3:
+            raise ValueError(
+                f"zero=3 does not go with expert={self.expert}: DeepSpeed's ZeRO-3 splits every weight over all "
+                f"data-parallel ranks, also those that hold other experts; use zero=0, 1 or 2, or expert=1"
+            )
+        if self.data is not None and self.data % self.expert:
+            raise ValueError(f"data={self.data} is not divisible by expert={self.expert}; change either")
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence=true needs tensor > 1: it splits the sequence over tensor-parallel ranks")
         return self
@@ -247,7 +287,22 @@ def _layout_problem(config: Config) -> str | None:
         if problem:
             return f"model.hierarchy: {problem}"
     problem = model.block_problem(parallel.tensor)
-    return f"model.{problem}" if problem else None
+    return f"model.{problem}" if problem else _expert_problem(model, parallel.expert)
+
+
+def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
+    if expert_parallel == 1:
+        return None
+    counts = {name: block.channel.routed_experts() for name, block in model.blocks.items() if block.channel}
+    if not any(counts.values()):
+        return f"parallel.expert={expert_parallel}, but no block of the model has routed experts; set it to 1"
+    for name, count in counts.items():
+        if count % expert_parallel:
+            return (
+                f"model.blocks.{name}.channel: its {count} experts are not divisible by "
+                f"parallel.expert={expert_parallel}; every rank holds the same number of experts"
+            )
+    return None
 
 
 def _batch_problem(config: Config) -> str | None:
@@ -282,6 +337,12 @@ def check_world_size(config: Config, world_size: int) -> str | None:
             f"start a multiple of {parallel.model_parallel} processes or change the layout"
         )
     data_parallel = world_size // parallel.model_parallel
+    if data_parallel % parallel.expert:
+        return (
+            f"{world_size} processes leave {data_parallel} data-parallel ranks, which parallel.expert="
+            f"{parallel.expert} does not divide; start a multiple of {parallel.model_parallel * parallel.expert} "
+            f"processes or change the layout"
+        )
     if parallel.data is not None and parallel.data != data_parallel:
         return (
             f"parallel.data={parallel.data}, but {world_size} processes over {parallel.model_parallel} ranks a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -14,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from data.packing import Batch
 from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.models.carried import initial_carried, pack, packed_channels, unpack, with_auxiliary_loss
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
-from pretrain.models.mixer import Documents, LayerContext, MeasuredModule, State
+from pretrain.models.mixer import Carried, Documents, LayerContext, MeasuredModule, State
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
-from pretrain.models.registry import family_of
+from pretrain.models.registry import AUXILIARY_LOSS, family_of
 
 IGNORED_LABEL = -100
 
@@ -30,6 +32,7 @@ class Block(nn.Module):
         super().__init__()
         norm, sizes = NORMS[model.norm], (context.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
         self.mixer = self.channel = None
+        self.carries = config.channel is not None and bool(config.channel.carried(model.hidden_size))
         if config.mixer is not None:
             self.mixer_norm = norm(*sizes)
             self.mixer = family_of(config.mixer).module(config.mixer, context)
@@ -37,18 +40,26 @@ class Block(nn.Module):
             self.channel_norm = norm(*sizes)
             self.channel = family_of(config.channel).module(config.channel, context)
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State | None]:
-        """Hidden states of the same shape, and the mixer's state (None where the block has no mixer)."""
+    def forward(
+        self, hidden: Tensor, state: State | None, documents: Documents | None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        """Hidden states of the same shape, the mixer's state (None where there is no mixer), and what is carried on."""
+        carried = carried or {}
         if self.mixer is not None:
             mixed, state = self.mixer(self.mixer_norm(hidden), state, documents)
             hidden = hidden + mixed
         if self.channel is not None:
-            hidden = hidden + self.channel(self.channel_norm(hidden))
-        return hidden, state
+            normed = self.channel_norm(hidden)
+            if self.carries:
+                mixed, carried = self.channel(normed, carried)
+            else:
+                mixed = self.channel(normed)
+            hidden = hidden + mixed
+        return hidden, state, carried
 
 
 def metric_reductions(model: ModelConfig) -> dict[str, str]:
-    """How each figure that the model and its mixers report combines over layers and ranks: ``max`` or ``sum``.
+    """How each figure that the model and its mixers report combines over layers and ranks: max, sum or mean.
 
     The same on every rank, whatever layers its stage holds.
     """
@@ -99,9 +110,15 @@ class Decoder(nn.Module):
                 pipeline_copy=not self.is_first_stage,
             )
             declare(self.embedding.weight, spec)
+        # Names in one order on all stages, which pass these tensors to each other as one.
+        self.carried_channels = model.carried_channels()
+        self.shared = nn.ModuleDict(self._shared_modules(first))
         self.layers = nn.ModuleDict()
         for layer in range(first, first + per_stage):
-            self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
+            block = self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
+            for part in (block.mixer, block.channel):
+                if isinstance(part, MeasuredModule):
+                    part.share(self.shared)
         if self.is_last_stage:
             norm = NORMS[model.norm]
             self.output_norm = norm(model.embedding_size, model.norm_epsilon, megatron.sequence_parallel)
@@ -126,14 +143,41 @@ class Decoder(nn.Module):
             train: whether gradients are wanted.
         """
 
-    def take_metrics(self) -> dict[str, float]:
-        """Figures that the mixers of this rank's layers report, by name; a name that none reports is 0."""
-        found = {name: 0.0 for name in metric_reductions(self.model)}
+    def _shared_modules(self, first: int) -> dict[str, nn.Module]:
+        """What layers anywhere in the model share; every stage holds a copy, of which the first stage's counts."""
+        modules: dict[str, nn.Module] = {}
+        context = LayerContext(self.model.hidden_size, first, self.model.num_layers, self.config)
+        for block in self.model.blocks_in_use():
+            for config in (block.mixer, block.channel):
+                if config is not None:
+                    modules = family_of(config).module.shared_modules(config, context) | modules
+        for module in modules.values():
+            for parameter in module.parameters():
+                copy = replace(parameter.spec, on_every_stage=True, pipeline_copy=not self.is_first_stage)
+                declare(parameter, copy)
+        return modules
+
+    def take_metrics(self) -> dict[str, float | tuple[float, int]]:
+        """Figures that the mixers of this rank's layers report, by name; a name that none reports is 0.
+
+        Of one that is averaged over layers, the sum of the values and their number.
+        """
+        reductions = metric_reductions(self.model)
+        values: dict[str, list[float]] = {name: [] for name in reductions}
         for module in self.modules():
             if isinstance(module, MeasuredModule):
                 for name, value in module.take_metrics().items():
-                    found[name] = found[name] + value if module.METRICS[name] == "sum" else max(found[name], value)
+                    values[name].append(value)
+        found: dict[str, float | tuple[float, int]] = {}
+        for name, reduction in reductions.items():
+            combined = max([0.0, *values[name]]) if reduction == "max" else sum(values[name])
+            found[name] = (combined, len(values[name])) if reduction == "mean" else combined
         return found
+
+    @property
+    def packed_channels(self) -> int:
+        """Channels behind the hidden states' own of the tensor that one pipeline stage sends to the next."""
+        return packed_channels(self.carried_channels, self.compute_dtype)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the hidden states of the stage before; called by the pipeline schedule."""
@@ -161,20 +205,21 @@ class Decoder(nn.Module):
     def _blocks(
         self,
         hidden: Tensor,
+        carried: Carried,
         states: dict[str, State] | None,
         documents: Documents | None,
         keep_states: bool,
-    ) -> tuple[Tensor, dict[str, State]]:
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
         final = {}
         for layer, block in self.layers.items():
             state = None if states is None else states.get(layer)
             if self.config.recompute_granularity is not None and torch.is_grad_enabled():
-                hidden, state = checkpoint(block, hidden, state, documents, use_reentrant=False)
+                hidden, state, carried = checkpoint(block, hidden, state, documents, carried, use_reentrant=False)
             else:
-                hidden, state = block(hidden, state, documents)
+                hidden, state, carried = block(hidden, state, documents, carried)
             if state is not None and keep_states:
                 final[layer] = state
-        return hidden, final
+        return hidden, carried, final
 
     def forward(self, tokens: Tensor, labels: Tensor, document_starts: Tensor) -> Tensor:
         """One micro-batch for training.
@@ -184,16 +229,28 @@ class Decoder(nn.Module):
             document_starts: ``(batch, sequence)`` bool, True at each document's first token.
 
         Returns:
-            On the last stage the summed cross-entropy of the labels that count, in nats, a float32 scalar;
-            on the others hidden states for the next.
+            On the last stage the summed cross-entropy of the labels that count, in nats, a float32 scalar, whose
+            gradient is that of the sum with the mixers' auxiliary losses at the tokens of those labels;
+            on the others hidden states, and what is carried with them, for the next.
         """
-        hidden = self._embed(tokens) if self.is_first_stage else self.input_tensor
-        hidden, _ = self._blocks(hidden, None, Documents(document_starts), keep_states=False)
+        if self.is_first_stage:
+            hidden = self._embed(tokens)
+            carried = initial_carried(hidden, self.carried_channels)
+        else:
+            hidden, carried = unpack(self.input_tensor, self.carried_channels)
+        hidden, carried, _ = self._blocks(hidden, carried, None, Documents(document_starts), keep_states=False)
         if not self.is_last_stage:
-            return hidden
+            return pack(hidden, carried)
         counts = labels != IGNORED_LABEL
         losses = vocab_parallel_cross_entropy(self._head(hidden), labels.where(counts, 0).t().contiguous())
-        return (losses * counts.t()).sum()
+        loss = (losses * counts.t()).sum()
+        if AUXILIARY_LOSS not in carried:
+            return loss
+        auxiliary = carried[AUXILIARY_LOSS].squeeze(-1)
+        own = counts.t()
+        if self.config.sequence_parallel:
+            own = own.chunk(self.config.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
+        return with_auxiliary_loss(loss, (auxiliary * own).sum())
 
     def logits(
         self,
@@ -212,5 +269,7 @@ class Decoder(nn.Module):
             ``(batch, sequence, vocabulary)`` float32, and the state of each layer.
         """
         documents = None if document_starts is None else Documents(document_starts)
-        hidden, final = self._blocks(self._embed(tokens), states, documents, keep_states=True)
+        hidden = self._embed(tokens)
+        carried = initial_carried(hidden, self.carried_channels)
+        hidden, _, final = self._blocks(hidden, carried, states, documents, keep_states=True)
         return self._head(hidden).transpose(0, 1), final

@@ -24,7 +24,9 @@ def no_initialisation(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _multiply(linear: Callable[..., Tensor], build_weight: Callable[[], Tensor], megatron: TransformerConfig) -> Tensor:
+def multiply_by_built(
+    linear: Callable[..., Tensor], build_weight: Callable[[], Tensor], megatron: TransformerConfig
+) -> Tensor:
     """Runs ``linear(weight)`` so that the weight is built again, not stored, for the backward pass.
 
     Under recomputation nothing is stored anyway, and hooks of our own would hide what the product keeps from
@@ -53,7 +55,7 @@ class _CastColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel product whose weight is built from float32 parameters by the caller."""
 
     def forward_with(self, hidden: Tensor, build_weight: Callable[[], Tensor]) -> Tensor:
-        return _multiply(lambda weight: self(hidden, weight=weight)[0], build_weight, self.config)
+        return multiply_by_built(lambda weight: self(hidden, weight=weight)[0], build_weight, self.config)
 
 
 class _CastsWeight:
@@ -63,7 +65,7 @@ class _CastsWeight:
         product = super()._forward_impl
         if weight.dtype == input.dtype:
             return product(input=input, weight=weight, **options)
-        return _multiply(
+        return multiply_by_built(
             lambda cast: product(input=input, weight=cast, **options), lambda: weight.to(input.dtype), self.config
         )
 

@@ -114,6 +114,8 @@ def _check_names(reader: CheckpointReader, expected: set[str], stored: set[str],
     missing = sorted(expected - stored)
     # A pipeline stage knows only its own parameters; other layers of the model belong to other stages.
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    # Nor does a rank know the experts of others.
+    whole = whole and parallel_state.get_expert_model_parallel_world_size() == 1
     extra = sorted(name for name in stored - expected if whole or _layer(name) >= num_layers)
     if missing:
         near = difflib.get_close_matches(missing[0], extra or sorted(stored), n=1)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pretrain.models.registry import MixerConfig
 
 State = dict[str, Tensor]
+# What flows from layer to layer beside the hidden states; see MixerConfig.carried.
+Carried = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,34 @@ class StateTensor:
 
 
 class MeasuredModule(nn.Module):
-    """A mixer that may report figures of its own, which the run logs with every step.
+    """A mixer that may report figures of its own, which the run logs with every step, and share modules with others.
 
     Attributes:
-        METRICS: name -> how values of layers and ranks combine, ``"max"`` or ``"sum"``. The names are the same on
-            every rank, also on those whose stage has no such layer.
+        METRICS: name -> how values of layers and ranks combine, ``"max"``, ``"sum"`` or ``"mean"``. The names are the
+            same on every rank, also on those whose stage has no such layer.
+        shared: modules that all layers of this kind share, by name; see :meth:`shared_modules`.
     """
 
     METRICS: ClassVar[Mapping[str, str]] = {}
 
+    @classmethod
+    def shared_modules(cls, config: MixerConfig, context: LayerContext) -> dict[str, nn.Module]:
+        """New modules that a model has once, however many of its layers use them; none, unless a mixer says otherwise.
+
+        Every pipeline stage holds a copy, also one without such a layer; gradients of the copies are summed. Mixers
+        whose configurations differ share what they give the same name.
+        """
+        return {}
+
+    def share(self, modules: Mapping[str, nn.Module]) -> None:
+        """Takes the modules of :meth:`shared_modules`, which belong to the model: they are no part of this one."""
+        object.__setattr__(self, "shared", modules)
+
     def take_metrics(self) -> dict[str, float]:
-        """A value for each name in ``METRICS`` since the last call; the next call begins anew."""
+        """A value for each name in ``METRICS`` since the last call; the next call begins anew.
+
+        Every rank calls it together with the others, so that it may communicate with those that hold the same layers.
+        """
         return {}
 
 
@@ -129,6 +148,15 @@ class ChannelMixer(MeasuredModule):
 
     config: MixerConfig
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Maps ``(sequence, batch, hidden_size)`` to the same shape."""
+    def forward(self, hidden: Tensor, carried: Carried | None = None) -> Tensor | tuple[Tensor, Carried]:
+        """Maps ``(sequence, batch, hidden_size)`` to the same shape.
+
+        Args:
+            hidden: under sequence parallelism this rank's part of the sequence.
+            carried: given to mixers whose configuration says that it carries something, and to no others: tensors
+                ``(sequence, batch, channels)`` float32, of the same positions, by name; names of other mixers too.
+
+        Returns:
+            The output; of a mixer that carries something also all of ``carried``, its own tensors anew.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement forward")

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+# What flows from layer to layer beside the hidden states, ``(batch, sequence, channels)`` float32 by name. A class that
+# takes part has an attribute ``carried``, name -> channels, is called with all of it, and returns all of it.
+Carried = dict[str, Tensor]
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:

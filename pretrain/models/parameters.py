@@ -36,6 +36,9 @@ class ParameterSpec:
         pipeline_copy: another pipeline stage holds this very parameter (a tied embedding): gradients of the
             copies are summed, and norms and checkpoints count the parameter there.
         learning_rate_factor: the parameter's learning rate over that of the run.
+        on_every_stage: all pipeline stages hold this very parameter, and gradients are summed over them.
+        expert: the parameter belongs to one routed expert: under expert parallelism one rank of each expert-parallel
+            group holds it, and its gradient is reduced over the ranks that do.
     """
 
     initialise: Initialiser
@@ -46,6 +49,8 @@ class ParameterSpec:
     bound: float | None = None
     pipeline_copy: bool = False
     learning_rate_factor: float = 1.0
+    on_every_stage: bool = False
+    expert: bool = False
 
 
 def normal(standard_deviation: float) -> Initialiser:

@@ -18,7 +18,7 @@ import functools
 import importlib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -26,6 +26,10 @@ from typing import Annotated, Any
 import pydantic
 
 ROOT = Path(__file__).parent
+
+# The carried tensor (see MixerConfig.carried) that layers add their own losses to, one value per token in nats; the
+# model's loss is the mean over the labels that count of cross-entropy and of this.
+AUXILIARY_LOSS = "auxiliary_loss"
 
 
 class StrictModel(pydantic.BaseModel):
@@ -54,6 +58,18 @@ class MixerConfig(StrictModel):
             None where it can.
         """
         return None
+
+    def carried(self, hidden_size: int) -> dict[str, int]:
+        """What flows from layer to layer beside the hidden states: name -> float32 channels per token.
+
+        The first layer that reads a name finds zeros; layers without it pass it on. Layers that give the same name mean
+        the same tensor, and must agree on its size. Only a channel mixer may carry anything.
+        """
+        return {}
+
+    def routed_experts(self) -> int:
+        """How many experts expert parallelism splits over ranks; 0: this mixer has none."""
+        return 0
 
     @classmethod
     def examples(cls, hidden_size: int) -> list[MixerConfig]:
@@ -139,6 +155,9 @@ class MixerCost:
         elementwise_scan_flops_per_token: useful elementwise work along the sequence, forward: cells of nonlinear
             recurrences, depthwise convolutions. One evaluation of each counts, not an iterative solver's
             repetitions. The backward pass counts twice as much.
+        parameters_routed: how many of the parameters belong to routed experts, which expert-parallel ranks split.
+        shared_parameters: parameters of modules that all such layers of a model share, by the modules' names; the
+            model has them once, each pipeline stage a copy, and ``parameters`` leaves them out.
     """
 
     parameters: int
@@ -154,13 +173,20 @@ class MixerCost:
     elementwise_scan_flops_per_token: float = 0.0
     parameters_grouped: int = 0
     parameter_groups: int = 1
+    parameters_routed: int = 0
+    shared_parameters: typing.Mapping[str, int] = field(default_factory=dict)
 
-    def parameters_per_rank(self, tensor: int) -> int:
-        """Parameters on one of ``tensor`` tensor-parallel ranks."""
+    def parameters_per_rank(self, tensor: int, expert: int = 1) -> int:
+        """Parameters on one of ``tensor`` tensor-parallel and ``expert`` expert-parallel ranks."""
         whole = self.parameters_replicated
         if self.parameter_groups % tensor:
             whole += self.parameters_grouped
-        return (self.parameters - whole) // tensor + whole
+        routed = self.routed_per_rank(tensor, expert)
+        return (self.parameters - self.parameters_routed - whole) // tensor + whole + routed
+
+    def routed_per_rank(self, tensor: int, expert: int) -> int:
+        """Those of :meth:`parameters_per_rank` that belong to routed experts."""
+        return self.parameters_routed // (tensor * expert)
 
     @property
     def flops_per_token(self) -> float:

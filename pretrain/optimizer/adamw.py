@@ -28,17 +28,19 @@ class BoundedAdamW(torch.optim.AdamW):
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay, bound and learning rate.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay, bound and learning rate,
+    experts apart.
 
     Engines multiply the run's learning rate by each group's ``learning_rate_factor``. Weight decay is multiplied by
     the learning rate, and so by that factor too.
 
     The foreach form is one code path on every device and over ZeRO's flat partitions alike.
     """
-    groups: dict[tuple[bool, float | None, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float | None, float, bool], list[nn.Parameter]] = {}
     for _, parameter in declared_parameters(model):
         spec = parameter.spec
-        groups.setdefault((spec.weight_decay, spec.bound, spec.learning_rate_factor), []).append(parameter)
+        key = (spec.weight_decay, spec.bound, spec.learning_rate_factor, spec.expert)
+        groups.setdefault(key, []).append(parameter)
     return BoundedAdamW(
         [
             {
@@ -47,7 +49,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
                 "bound": bound,
                 "learning_rate_factor": factor,
             }
-            for (decays, bound, factor), parameters in groups.items()
+            for (decays, bound, factor, _), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,

@@ -82,15 +82,22 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-def combine_ranks(values: Mapping[str, float], reductions: Mapping[str, str], device: torch.device) -> dict[str, float]:
-    """Each figure's sum or largest value over all ranks, by name; a NaN among values of which the
+def combine_ranks(
+    values: Mapping[str, float | tuple[float, int]], reductions: Mapping[str, str], device: torch.device
+) -> dict[str, float]:
+    """Each figure's sum, mean or largest value over all ranks, by name; a NaN among values of which the
     largest is asked comes out as infinity.
 
     Args:
-        values: of this rank, with the names of ``reductions``.
-        reductions: name -> ``"sum"`` or ``"max"``; the same names in the same order on every rank.
+        values: of this rank, with the names of ``reductions``; of what is averaged, sum and number of values.
+        reductions: name -> ``"sum"``, ``"mean"`` or ``"max"``; the same names in the same order on every rank.
     """
+    means = [name for name, reduction in reductions.items() if reduction == "mean"]
     combined = {}
+    if means:
+        sums = torch.tensor([values[name] for name in means], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        combined |= {name: total / max(count, 1) for name, (total, count) in zip(means, sums.tolist(), strict=True)}
     for kind, operation in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
         names = [name for name, reduction in reductions.items() if reduction == kind]
         if names:

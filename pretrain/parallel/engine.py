@@ -64,7 +64,8 @@ class Engine(ABC):
     def read_state(self, name: str, kind: str) -> Tensor | None:
         """This rank's slice of a parameter (``weight``) or of a moment; None where there is no moment yet.
 
-        Collective over the data-parallel group: every rank of it must call in the same order.
+        Collective over the data-parallel group, of an expert's parameter over the ranks that hold it: every rank of it
+        must call in the same order.
         """
 
     @abstractmethod
@@ -77,12 +78,13 @@ class Engine(ABC):
             group["lr"] = learning_rate * group["learning_rate_factor"]
 
     def sum_partial_gradients(self) -> None:
-        """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of tied embeddings."""
+        """Sums gradients of which several ranks hold a part: over tensor-parallel ranks, and of what stages share."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             for parameter in self.parameters.values():
                 if parameter.spec.partial_gradient and parameter.grad is not None:
                     dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
         self._sum_gradients_of_tied_embeddings()
+        self._sum_gradients_of_shared_modules()
 
     def _sum_gradients_of_tied_embeddings(self) -> None:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -91,6 +93,16 @@ class Engine(ABC):
             return
         # Megatron-core's group of the first and the last stage.
         dist.all_reduce(self.parameters["embedding.weight"].grad, group=parallel_state.get_embedding_group())
+
+    def _sum_gradients_of_shared_modules(self) -> None:
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.spec.on_every_stage:
+                if parameter.grad is None:
+                    # No layer of this stage uses it.
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 class ReplicatedEngine(Engine):
@@ -108,30 +120,50 @@ class ReplicatedEngine(Engine):
     def accumulate(self) -> Iterator[None]:
         yield
         self.sum_partial_gradients()
-        size = parallel_state.get_data_parallel_world_size()
-        if size == 1:
+        if parallel_state.get_data_parallel_world_size() > 1:
+            self._average(expert=False, group=parallel_state.get_data_parallel_group())
+            self._average(expert=True, group=parallel_state.get_expert_data_parallel_group())
+
+    def _average(self, expert: bool, group: dist.ProcessGroup) -> None:
+        """Sums gradients over the ranks that hold the parameters, and divides by the number of batches.
+
+        An expert's gradient is of the tokens of its whole expert-parallel group already.
+        """
+        gradients = [
+            parameter.grad
+            for parameter in self.parameters.values()
+            if parameter.grad is not None and parameter.spec.expert == expert
+        ]
+        if not gradients:
             return
-        group = parallel_state.get_data_parallel_group()
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        flat /= size
+        flat /= parallel_state.get_data_parallel_world_size()
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _gradient_norm(self) -> float:
+    def _squared_norm(self, expert: bool) -> Tensor:
+        """Of this rank's gradients of experts, or of all else, without copies that count elsewhere."""
         first = parallel_state.get_tensor_model_parallel_rank() == 0
         counted = [
             parameter.grad
             for parameter in self.parameters.values()
             if parameter.grad is not None
+            and parameter.spec.expert == expert
             and (parameter.spec.shard_dimension is not None or first)
             and not parameter.spec.pipeline_copy
         ]
         device = next(iter(self.parameters.values())).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        if counted:
-            total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        if not counted:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack(torch._foreach_norm(counted)).double().square().sum()
+
+    def _gradient_norm(self) -> float:
+        total = self._squared_norm(expert=False)
+        experts = self._squared_norm(expert=True)
+        if parallel_state.get_expert_model_parallel_world_size() > 1:
+            dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
+        total += experts
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
         return math.sqrt(total.item()) if torch.isfinite(total) else math.inf
 

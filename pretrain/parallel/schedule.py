@@ -83,7 +83,13 @@ def run_schedule(
 
         return output, loss_function
 
+    def with_what_is_carried(*sides: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], ...]:
+        """Shapes of the tensors that a stage receives and sends, made wide enough."""
+        more = decoder.packed_channels
+        return tuple([(length, batch, width + more) for length, batch, width in shapes] for shapes in sides)
+
     batch_size, sequence_length = micro_batches[0].tokens.shape
+    has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
     with cuda_tensors_on_cpu(), torch.set_grad_enabled(train):
         decoder.prepare_batch(model, micro_batches, labels, train)
         losses = get_forward_backward_func()(
@@ -94,6 +100,8 @@ def run_schedule(
             seq_length=sequence_length,
             micro_batch_size=batch_size,
             forward_only=not train,
+            # Refused where there is one stage.
+            adjust_tensor_shapes_fn=with_what_is_carried if has_stages and decoder.packed_channels else None,
         )
     if losses:
         totals[0] = torch.stack([loss.double() for loss in losses]).sum()

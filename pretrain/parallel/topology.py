@@ -27,6 +27,7 @@ class Topology:
         device: that this process computes on.
         rank, world_size: over all processes.
         tensor_rank, pipeline_rank, data_rank: within their groups; ``*_size`` likewise.
+        expert_data_rank: among the ranks that hold the same experts.
     """
 
     device: torch.device
@@ -38,6 +39,7 @@ class Topology:
     pipeline_size: int
     data_rank: int
     data_size: int
+    expert_data_rank: int
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +102,7 @@ def build_topology(config: Config) -> Topology:
         bridge_cuda_calls()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     join_processes(device)
-    _build_groups(config.parallel.tensor, config.parallel.pipeline)
+    _build_groups(config.parallel.tensor, config.parallel.pipeline, config.parallel.expert)
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -111,10 +113,11 @@ def build_topology(config: Config) -> Topology:
         pipeline_size=config.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 
-def _build_groups(tensor: int, pipeline: int) -> None:
+def _build_groups(tensor: int, pipeline: int, expert: int) -> None:
     """Megatron-core's groups of this layout; those of another layout are destroyed first, the same are kept.
 
     Megatron-core forgets its groups without destroying them, and each holds threads and sockets.
@@ -123,8 +126,9 @@ def _build_groups(tensor: int, pipeline: int) -> None:
         built = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
         )
-        if built == (tensor, pipeline):
+        if built == (tensor, pipeline, expert):
             return
         held: list[dist.ProcessGroup] = []
         for value in list(vars(parallel_state).values()):
@@ -136,7 +140,11 @@ def _build_groups(tensor: int, pipeline: int) -> None:
         for group in held:
             if group is not dist.group.WORLD and group in still_there:
                 dist.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+    )
 
 
 def megatron_config(config: Config) -> TransformerConfig:

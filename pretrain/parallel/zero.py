@@ -46,6 +46,10 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+# DeepSpeed's name for the groups of the experts.
+_EXPERTS = "experts"
+
+
 class _ModelParallelUnit:
     """Megatron-core's groups under the names that DeepSpeed asks for.
 
@@ -65,6 +69,63 @@ class _ModelParallelUnit:
         return getattr(parallel_state, name)
 
 
+class _EngineWithExperts(deepspeed.DeepSpeedEngine):
+    """DeepSpeed looks for MoE layers of its own to know whether there are experts; here there are, in others."""
+
+    has_moe_layers = property(lambda self: True, lambda self, found: None)
+
+
+def _initialise_with_experts(
+    model: Decoder, optimizer: torch.optim.AdamW, config: dict[str, Any], mpu: Any, dist_init_required: bool
+) -> tuple[Any, Any, None, None]:
+    """``deepspeed.initialize`` for a model whose experts are split over data-parallel ranks.
+
+    DeepSpeed reduces and partitions parameters that are marked so over the ranks that hold them, divides their
+    gradients by the whole data-parallel size, and counts each of them once in the norm.
+    """
+    from deepspeed.utils import groups
+
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=dist_init_required)
+    groups._EXPERT_PARALLEL_GROUP[_EXPERTS] = parallel_state.get_expert_model_parallel_group()
+    groups._EXPERT_DATA_PARALLEL_GROUP[_EXPERTS] = parallel_state.get_expert_data_parallel_group()
+    for group in optimizer.param_groups:
+        if all(parameter.spec.expert for parameter in group["params"]):
+            group |= {"moe": True, "name": _EXPERTS}
+            for parameter in group["params"]:
+                parameter.allreduce, parameter.group_name = False, _EXPERTS
+    engine = _EngineWithExperts(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        config=config,
+        config_class=deepspeed.DeepSpeedConfig(config, mpu),
+    )
+    return engine, engine.optimizer, None, None
+
+
+def _sum_norms_over_model_parallel_ranks_once(zero: Any) -> None:
+    """Makes ZeRO 1 and 2 sum the squared norms of all parameter groups together.
+
+    They sum each group by itself. A pipeline stage need not have the groups of another, which has experts for instance,
+    and would then not take part in the other's sums.
+    """
+    norm_of_rank, sum_over_ranks = zero.scaled_global_norm, zero._model_parallel_all_reduce
+
+    def global_norm() -> Tensor:
+        zero._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            total = norm_of_rank().square()
+        finally:
+            zero._model_parallel_all_reduce = sum_over_ranks
+        sum_over_ranks(tensor=total, op=dist.ReduceOp.SUM)
+        return total.sqrt()
+
+    zero.scaled_global_norm = global_norm
+
+
 class ZeroEngine(Engine):
     """ZeRO 1, 2 or 3; with pipeline stages, 1."""
 
@@ -81,13 +142,18 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
-        self.engine, self.zero, _, _ = deepspeed.initialize(
+        initialise = deepspeed.initialize
+        if parallel_state.get_expert_model_parallel_world_size() > 1:
+            initialise = _initialise_with_experts
+        self.engine, self.zero, _, _ = initialise(
             model=model,
             optimizer=optimizer,
             config=settings,
             mpu=_ModelParallelUnit(),
             dist_init_required=False,
         )
+        if self.stage < 3:
+            _sum_norms_over_model_parallel_ranks_once(self.zero)
         self._create_moments()
         if self.stage >= 2:
             self._sum_partial_gradients_by_hook()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.mixer import Documents, SequenceMixer, State
+from pretrain.models.registry import AUXILIARY_LOSS
 from tests.conformance.cases import Case
 from tests.conformance.tools import (
     GRADIENT_TOLERANCE,
@@ -17,6 +18,7 @@ from tests.conformance.tools import (
     assert_every_parameter_matters,
     build,
     call,
+    carried_of,
     generator_of,
     gradients,
     observable,
@@ -196,15 +198,16 @@ def state(case: Case) -> None:
 
 def bfloat16(case: Case) -> None:
     """bfloat16 activations give the outputs, states and gradients of float32, but for rounding."""
-    mixer = build(case)
-    exact = random_hidden(case, random_length(case), 2).bfloat16()
+    mixer, length = build(case), random_length(case)
+    exact = random_hidden(case, length, 2).bfloat16()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         hidden = exact.to(dtype).requires_grad_()
-        output, final = call(mixer, hidden)
+        carried = {name: tensor.requires_grad_() for name, tensor in carried_of(case, length, 2).items()}
+        output, final = call(mixer, hidden, carried)
         assert output.dtype == dtype
         values = {"output": output} | final
-        found = gradients(weighted_sum(case, values), mixer, {"hidden": hidden})
+        found = gradients(weighted_sum(case, values), mixer, {"hidden": hidden} | carried)
         assert all(found[name].dtype == torch.float32 for name, _ in mixer.named_parameters())
         results.append(values | {f"gradient of {name}": gradient for name, gradient in found.items()})
     assert results[1].keys() == results[0].keys()
@@ -216,15 +219,18 @@ def bfloat16(case: Case) -> None:
 def slopes(case: Case) -> None:
     """Gradients are slopes: of the input and of each parameter, along the gradient, by central differences."""
     mixer = build(case)
-    hidden = random_hidden(case, random_length(case), 2).requires_grad_()
+    length = random_length(case)
+    hidden = random_hidden(case, length, 2).requires_grad_()
+    carried = {name: tensor.requires_grad_() for name, tensor in carried_of(case, length, 2).items()}
+    inputs = {"hidden": hidden} | carried
 
     def value() -> Tensor:
-        output, final = call(mixer, hidden)
+        output, final = call(mixer, hidden, carried)
         # Summed in float64, so that the difference of two values is not lost in them.
         return weighted_sum(case, {name: tensor.double() for name, tensor in ({"output": output} | final).items()})
 
-    found = gradients(value(), mixer, {"hidden": hidden})
-    for name, tensor in ({"hidden": hidden} | dict(mixer.named_parameters())).items():
+    found = gradients(value(), mixer, inputs)
+    for name, tensor in (inputs | dict(mixer.named_parameters())).items():
         size = float(found[name].norm())
         direction, measured = found[name] / size, []
         for step in SLOPE_STEPS:
@@ -244,9 +250,14 @@ def slopes(case: Case) -> None:
 def positions_are_apart(case: Case) -> None:
     """A channel mixer's output at a position depends on its input there, and on nothing else."""
     mixer = build(case)
-    hidden = random_hidden(case, 9, 2)
-    whole, _ = call(mixer, hidden)
+    hidden, carried = random_hidden(case, 9, 2), carried_of(case, 9, 2)
+    whole, whole_carried = call(mixer, hidden, carried)
     for position in range(9):
-        alone, _ = call(mixer, hidden[position : position + 1, 1:])
-        assert_close(alone, whole[position : position + 1, 1:], OUTPUT_TOLERANCE, f"position {position} alone")
+        here = (slice(position, position + 1), slice(1, None))
+        alone, handed_on = call(mixer, hidden[here], {name: tensor[here] for name, tensor in carried.items()})
+        assert_close(alone, whole[here], OUTPUT_TOLERANCE, f"position {position} alone")
+        for name, tensor in handed_on.items():
+            # Of losses alone a position's may depend on the others of its sequence.
+            if name != AUXILIARY_LOSS:
+                assert_close(tensor, whole_carried[name][here], OUTPUT_TOLERANCE, f"position {position}, {name}")
     assert (whole[1:] - whole[:-1]).abs().max() > 1e-2 * whole.abs().max(), "the output does not depend on the input"

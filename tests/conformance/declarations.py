@@ -17,7 +17,17 @@ from pretrain.models.hugging_face import pieces_of_tensors
 from pretrain.models.mixer import SequenceMixer, State
 from pretrain.models.parameters import initialise_weights
 from tests.conformance.cases import Case
-from tests.conformance.tools import NUM_LAYERS, build, call, context_of, random_hidden, random_length
+from tests.conformance.tools import (
+    NUM_LAYERS,
+    alone,
+    build,
+    call,
+    context_of,
+    gradients,
+    random_carried,
+    random_hidden,
+    random_length,
+)
 
 
 def _baddbmm_flops(_: object, left: torch.Size, right: torch.Size, **__: object) -> int:
@@ -61,7 +71,9 @@ def cost(case: Case) -> None:
         forward = _counted_flops(lambda hidden=hidden, results=results: results.append(call(mixer, hidden)))
         output, state = results.pop()
         backward = _counted_flops(output.sum().backward)
-        held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        held = 0
+        if isinstance(mixer, SequenceMixer):
+            held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         assert declared.state_bytes * batch == held, f"length {length}: {held / batch} bytes of state"
         projections = declared.projection_flops_per_token
         # Formulas divide by the length, so they hold to float64's rounding.
@@ -74,14 +86,42 @@ def cost(case: Case) -> None:
         assert declared.scan_flops_per_token <= declared.executed_scan_flops_per_token
     parameters = list(mixer.parameters())
     replicated = [parameter for parameter in parameters if parameter.spec.shard_dimension is None]
-    assert declared.parameters == sum(map(Tensor.numel, parameters))
-    assert declared.parameters_replicated == sum(map(Tensor.numel, replicated))
+    shared = {name: sum(map(Tensor.numel, module.parameters())) for name, module in mixer.shared.items()}
+    assert declared.shared_parameters == shared
+    together = sum(shared.values())
+    assert declared.parameters + together == sum(map(Tensor.numel, parameters))
+    assert declared.parameters_replicated + together == sum(map(Tensor.numel, replicated))
+    assert declared.parameters_routed == sum(parameter.numel() for parameter in parameters if parameter.spec.expert)
+    assert (declared.parameters_routed > 0) == (case.config.routed_experts() > 0)
     assert 0 < declared.active_parameters <= declared.parameters
+
+
+def carried(case: Case) -> None:
+    """What a channel mixer carries is float32 of the size that it says, and changes; the rest is handed on as it came.
+
+    Gradients reach what it was given.
+    """
+    mixer, channels = build(case), case.config.carried(case.hidden_size)
+    assert not (channels and isinstance(mixer, SequenceMixer)), "only a channel mixer may carry anything"
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = random_hidden(case, 7, 2).to(dtype)
+        given = {name: tensor.requires_grad_() for name, tensor in random_carried(case, 7, 2).items()}
+        output, returned = call(mixer, hidden, given)
+        assert output.shape == hidden.shape and output.dtype == dtype
+        if not channels:
+            continue
+        assert returned.keys() == given.keys()
+        assert returned["of another mixer"] is given["of another mixer"]
+        for name, size in channels.items():
+            assert (returned[name].shape, returned[name].dtype) == ((7, 2, size), torch.float32), name
+            assert (returned[name] - given[name]).abs().max() > 0, f"{name} is not changed"
+        slopes = gradients(torch.stack([returned[name].square().sum() for name in channels]).sum(), mixer, given)
+        assert all(slopes[name].abs().max() > 0 for name in channels), "no gradient reaches what was given"
 
 
 def _first_weights(case: Case, seed: int, name: str) -> dict[str, Tensor]:
     """First values of a mixer that is called ``name``."""
-    mixer = case.family.module(case.config, context_of(case.hidden_size))
+    mixer = alone(case.family, case.config, context_of(case.hidden_size))
     initialise_weights(nn.ModuleDict({name: mixer}), seed)
     for parameter_name, parameter in mixer.named_parameters():
         unfilled = torch.full_like(parameter, math.nan)
@@ -135,7 +175,8 @@ def problem(case: Case) -> None:
         refusal = config.problem(other, 1)
         refusals.append(refusal)
         if refusal is None:
-            built = case.family.module(config, replace(context, hidden_size=other))
+            built = alone(case.family, config, replace(context, hidden_size=other))
+            initialise_weights(built, 0)
             hidden = torch.zeros(3, 2, other)
             assert call(built, hidden)[0].shape == hidden.shape, f"hidden_size={other} is accepted"
     for refusal in filter(None, refusals):

@@ -105,6 +105,10 @@ MISTAKES: dict[str, Mistake] = {
     "forgets_state": Mistake("cost", {"state_bytes=4 * inner": "state_bytes=2 * inner"}),
     "accepts_every_split": Mistake("problem", {"if inner % tensor_parallel:": "if inner < tensor_parallel < 0:"}),
     "refuses_its_examples": Mistake("problem", {"if inner % tensor_parallel:": "if inner % 17:"}),
+    "carries_along_the_sequence": Mistake(
+        "carried",
+        {"    @classmethod": "    def carried(self, hidden_size):\n        return {'level': 1}\n\n    @classmethod"},
+    ),
     "leaves_out_a_name": Mistake(
         "hugging_face_names",
         {

@@ -46,19 +46,31 @@ def run_mixer(name: str, tensor: int, sequence: bool) -> dict[str, Any]:
     weights = tools.random_hidden(case, sum(PIECES), 2, "weights").split(PIECES)
     parts = [own_part(piece).clone().requires_grad_() for piece in whole]
     outputs, state, loss = [], None, torch.zeros(())
-    for part, weight, flags in zip(parts, weights, starts.split(PIECES, dim=1), strict=True):
+    inputs = {f"hidden {index}": part for index, part in enumerate(parts)}
+    for index, (part, weight, flags) in enumerate(zip(parts, weights, starts.split(PIECES, dim=1), strict=True)):
         if isinstance(mixer, SequenceMixer):
             output, state = mixer(part, state, Documents(flags))
         else:
-            output, state = mixer(part), {}
+            length, state = PIECES[index], {}
+            earlier = tools.carried_of(case, length, 2)
+            given = {carried: own_part(values).clone().requires_grad_() for carried, values in earlier.items()}
+            inputs |= {f"{carried} {index}": values for carried, values in given.items()}
+            output, handed_on = tools.call(mixer, part, given)
+            for carried, values in sorted(handed_on.items()):
+                # Beside the output, so that whoever compares outputs compares these.
+                weight = torch.cat([weight, earlier[carried]], dim=-1)
+                output = torch.cat([output, values], dim=-1)
         outputs.append(output)
         loss = loss + (output * own_part(weight)).sum()
-    found = tools.gradients(loss, mixer, {f"hidden {index}": part for index, part in enumerate(parts)})
+    found = tools.gradients(loss, mixer, inputs)
     declared: dict[str, StateTensor] = mixer.state_tensors() if isinstance(mixer, SequenceMixer) else {}
     parameters = dict(declared_parameters(mixer))
     return {
         "output": [output.detach().numpy() for output in outputs],
-        "hidden": [found.pop(f"hidden {index}").numpy() for index in range(len(PIECES))],
+        "hidden": [
+            torch.cat([found.pop(name) for name in inputs if name.endswith(f" {index}")], dim=-1).numpy()
+            for index in range(len(PIECES))
+        ],
         "state": _to_numpy(state),
         "gradients": _to_numpy(found),
         "splits": {name: tensor.shard_dimension for name, tensor in declared.items()}
@@ -70,7 +82,7 @@ def run_mixer(name: str, tensor: int, sequence: bool) -> dict[str, Any]:
 def first_weights(name: str, tensor: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, int | None]]:
     """This rank's slices of a mixer's first weights, and how each is split."""
     case = find_case(name)
-    mixer = case.family.module(case.config, tools.context_of(case.hidden_size, tensor))
+    mixer = tools.alone(case.family, case.config, tools.context_of(case.hidden_size, tensor))
     initialise_weights(mixer, seed)
     parameters = dict(declared_parameters(mixer))
     splits = {name: parameter.spec.shard_dimension for name, parameter in parameters.items()}
@@ -92,5 +104,6 @@ def decoder_of(model: dict[str, Any], recompute: str = "none", **parallel: int) 
 
 
 def parameter_names(model: dict[str, Any], **parallel: int) -> list[str]:
-    """Global names of the parameters that this rank holds."""
-    return [name for name, _ in decoder_of(model, **parallel).named_parameters()]
+    """Global names of the parameters that this rank holds, but for copies of another stage's."""
+    parameters = declared_parameters(decoder_of(model, **parallel))
+    return [name for name, parameter in parameters if not parameter.spec.pipeline_copy]

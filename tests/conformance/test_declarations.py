@@ -32,6 +32,11 @@ def test_hugging_face_names(case: Case) -> None:
     declarations.hugging_face_names(case)
 
 
+@every
+def test_carried(case: Case) -> None:
+    declarations.carried(case)
+
+
 def test_sections_of_all_mixers_are_told_apart_by_their_type() -> None:
     cases = (*sequence_cases(), *channel_cases())
     families = {case.family.name: case.family for case in cases}

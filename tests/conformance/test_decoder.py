@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
+from pretrain.models.mixer import Documents
 from pretrain.models.parameters import declared_parameters
-from pretrain.models.registry import channel_mixers, sequence_mixers
+from pretrain.models.registry import AUXILIARY_LOSS, channel_mixers, sequence_mixers
 from tests.conformance import programs, tools
 
 HIDDEN_SIZE, VOCABULARY, LENGTH = 32, 72, 19
@@ -135,12 +137,21 @@ def test_loss_is_the_cross_entropy_of_the_logits(soft_cap: float | None) -> None
     assert (logits.abs().max() <= 2.0) == (soft_cap is not None)
 
 
-def test_gradient_is_that_of_the_cross_entropy_of_the_logits() -> None:
+def auxiliary_loss(decoder: Decoder, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
+    """What mixers add to the loss at the tokens whose labels count, in nats."""
+    hidden = decoder._embed(tokens)
+    carried = initial_carried(hidden, decoder.carried_channels)
+    _, carried, _ = decoder._blocks(hidden, carried, None, Documents(starts), keep_states=False)
+    return carried[AUXILIARY_LOSS].squeeze(-1).t()[labels != IGNORED_LABEL].sum()
+
+
+def test_gradient_is_that_of_the_cross_entropy_of_the_logits_and_of_the_auxiliary_loss() -> None:
     decoder = programs.decoder_of(model_section())
     tokens, labels, starts = training_batch()
     found = gradients(decoder)
     logits, _ = decoder.logits(tokens, document_starts=starts)
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    loss = loss + auxiliary_loss(decoder, tokens, labels, starts)
     expected = tools.gradients(loss, decoder, {})
     tools.assert_every_parameter_matters(decoder, expected)
     tools.assert_all_close(found, expected, GRADIENT_TOLERANCE, "gradient")

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.mixer import ChannelMixer, LayerContext, SequenceMixer, State
+from pretrain.models.carried import initial_carried
+from pretrain.models.mixer import Carried, ChannelMixer, LayerContext, SequenceMixer, State
 from pretrain.models.parameters import declared_parameters, full_shape, initialise_weights, shard_of
+from pretrain.models.registry import MixerConfig, MixerFamily
 from pretrain.parallel.topology import build_topology, megatron_config
 from tests.configurations import tiny_config
 from tests.conformance.cases import Case
@@ -38,9 +40,17 @@ def context_of(hidden_size: int, tensor: int = 1, sequence: bool = False) -> Lay
     return LayerContext(hidden_size, layer=1, num_layers=NUM_LAYERS, megatron=megatron_config(config))
 
 
+def alone(family: MixerFamily, config: MixerConfig, context: LayerContext) -> SequenceMixer | ChannelMixer:
+    """A mixer without a model: it owns what the layers of a model share."""
+    mixer = family.module(config, context)
+    mixer.shared = nn.ModuleDict(mixer.shared_modules(config, context))
+    return mixer
+
+
 def build(case: Case, tensor: int = 1, sequence: bool = False) -> SequenceMixer | ChannelMixer:
     """The case's mixer, every parameter moved away from its first value, the same in every layout."""
-    mixer = case.family.module(case.config, context_of(case.hidden_size, tensor, sequence))
+    context = context_of(case.hidden_size, tensor, sequence)
+    mixer = alone(case.family, case.config, context)
     initialise_weights(mixer, seed=1)
     with torch.no_grad():
         for name, parameter in declared_parameters(mixer):
@@ -116,6 +126,27 @@ def assert_every_parameter_matters(mixer: nn.Module, found: Mapping[str, Tensor]
         assert found[name].abs().max() > 0, f"the gradient of {name} is zero: the check would prove nothing of it"
 
 
-def call(mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, State]:
-    """A sequence mixer from the beginning, or a channel mixer."""
-    return mixer(hidden, None, None) if isinstance(mixer, SequenceMixer) else (mixer(hidden), {})
+def carried_of(case: Case, length: int, batch: int) -> Carried:
+    """What another layer has handed on of what the mixer carries; nothing for one that carries nothing."""
+    channels = case.config.carried(case.hidden_size)
+    return {name: tensor for name, tensor in random_carried(case, length, batch).items() if name in channels}
+
+
+def random_carried(case: Case, length: int, batch: int) -> Carried:
+    """What another layer has handed on, of every name that the mixer carries, and of one that it does not know."""
+    channels = {**case.config.carried(case.hidden_size), "of another mixer": 2}
+    return {
+        name: torch.randn(length, batch, size, generator=generator_of(case, f"carried {name}"))
+        for name, size in channels.items()
+    }
+
+
+def call(mixer: nn.Module, hidden: Tensor, carried: Carried | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """A sequence mixer from the beginning and its state, or a channel mixer and what it hands on."""
+    if isinstance(mixer, SequenceMixer):
+        return mixer(hidden, None, None)
+    if not mixer.config.carried(hidden.shape[-1]):
+        return mixer(hidden), {}
+    if carried is None:
+        carried = initial_carried(hidden, mixer.config.carried(hidden.shape[-1]))
+    return mixer(hidden, carried)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.convert.custom import modeling_module
-from pretrain.models.mixer import ChannelMixer, SequenceMixer, State
+from pretrain.models.mixer import Carried, ChannelMixer, SequenceMixer, State
 from tests.conformance.cases import Case, channel_cases, sequence_cases
 from tests.conformance.checks import random_cuts
 from tests.conformance.tools import (
@@ -21,6 +21,7 @@ from tests.conformance.tools import (
     assert_every_parameter_matters,
     build,
     call,
+    carried_of,
     gradients,
     random_hidden,
     random_length,
@@ -36,9 +37,17 @@ def exported_form(case: Case, mixer: SequenceMixer | ChannelMixer) -> nn.Module:
     name = modeling_module(case.family)
     assert name is not None, f"{case.family.package} has no modeling.py, or no settings in hf.py"
     settings = json.loads(json.dumps(case.family.hugging_face.settings(case.config, case.hidden_size)))
-    exported = importlib.import_module(name).MODELING(case.hidden_size, **settings)
+    kind = importlib.import_module(name).MODELING
+    exported = kind(case.hidden_size, **settings)
+    if hasattr(kind, "shared_modules"):
+        exported.shared = nn.ModuleDict(kind.shared_modules(case.hidden_size, **settings))
     exported.load_state_dict(dict(mixer.named_parameters()), strict=True)
     return exported
+
+
+def of_channel(exported: nn.Module, hidden: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+    """Output of a channel mixer, and what it hands on."""
+    return exported(hidden, carried) if getattr(exported, "carried", {}) else (exported(hidden), {})
 
 
 def in_pieces(exported: nn.Module, hidden: Tensor, lengths: list[int]) -> tuple[Tensor, State]:
@@ -56,9 +65,13 @@ def test_it_computes_what_the_mixer_computes(case: Case) -> None:
     exported = exported_form(case, mixer)
     length = random_length(case)
     hidden = random_hidden(case, length, 3).requires_grad_()
-    expected, _ = call(mixer, hidden)
+    carried = carried_of(case, length, 3)
+    expected, handed_on = call(mixer, hidden, carried)
     if isinstance(mixer, ChannelMixer):
-        output = exported(hidden.transpose(0, 1)).transpose(0, 1)
+        output, also = of_channel(exported, hidden.transpose(0, 1), {n: t.transpose(0, 1) for n, t in carried.items()})
+        output = output.transpose(0, 1)
+        for name in getattr(exported, "carried", {}):
+            assert_close(also[name].transpose(0, 1), handed_on[name], OUTPUT_TOLERANCE, name)
     else:
         output = exported(hidden.transpose(0, 1), None)[0].transpose(0, 1)
     assert_close(output, expected, OUTPUT_TOLERANCE, "output")
@@ -88,6 +101,10 @@ def test_chunks_and_single_tokens_are_one_pass(case: Case) -> None:
 def test_bfloat16_runs(case: Case) -> None:
     exported = exported_form(case, build(case)).to(torch.bfloat16)
     hidden = random_hidden(case, 9, 2).transpose(0, 1).to(torch.bfloat16)
-    output = exported(hidden) if case.family.kind == "channel" else in_pieces(exported, hidden, [7, 2])[0]
+    if case.family.kind == "channel":
+        carried = {name: tensor.transpose(0, 1) for name, tensor in carried_of(case, 9, 2).items()}
+        output, _ = of_channel(exported, hidden, carried)
+    else:
+        output, _ = in_pieces(exported, hidden, [7, 2])
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()

@@ -16,7 +16,7 @@ STAGES = pytest.mark.parametrize("stages", [1, 2])
 
 def packed_logits(model: HNet, tokens: Tensor, starts: Tensor) -> Tensor:
     """As in training: the chunks of all sequences in one row."""
-    hidden, _ = model._blocks(model._embed(tokens), None, Documents(starts), keep_states=False)
+    hidden, _, _ = model._blocks(model._embed(tokens), {}, None, Documents(starts), keep_states=False)
     return model._head(hidden).transpose(0, 1)
 
 

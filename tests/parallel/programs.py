@@ -71,7 +71,7 @@ def one_step(config: Config, topology: Topology, engine: Engine, step: int) -> t
 
 
 def local_weights(engine: Engine, topology: Topology) -> dict[str, tuple[np.ndarray, int | None, int]]:
-    """This rank's slices: values, split dimension, tensor rank; nothing from further data-parallel ranks."""
+    """This rank's slices: values, split dimension, tensor rank; nothing from further ranks that hold the same."""
     found = {}
     for name, parameter in engine.parameters.items():
         value = engine.read_state(name, "weight").detach().reshape(engine.shapes[name])
@@ -81,7 +81,8 @@ def local_weights(engine: Engine, topology: Topology) -> dict[str, tuple[np.ndar
             _, length = own_slice(parameter.spec, value.shape)
             assert not value.narrow(dimension, length, value.shape[dimension] - length).any(), name
             value = value.narrow(dimension, 0, length)
-        if topology.data_rank == 0:
+        copy = topology.expert_data_rank if parameter.spec.expert else topology.data_rank
+        if copy == 0:
             found[name] = (value.numpy().copy(), dimension, topology.tensor_rank)
     return found
 

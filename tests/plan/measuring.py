@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import Config
 from pretrain.models.building import build_decoder
+from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import Decoder
 from pretrain.models.mixer import Documents
 from pretrain.parallel.topology import build_topology, megatron_config
@@ -56,7 +57,8 @@ def bytes_kept(model: Decoder, sequence_length: int, layer: int = 0, batch: int 
     hidden = torch.randn(sequence_length, batch, model.model.hidden_size, dtype=model.compute_dtype)
     starts = torch.zeros(batch, sequence_length, dtype=torch.bool)
     with Allocations() as allocations:
-        output, state = model.layers[str(layer)](hidden.requires_grad_(), None, Documents(starts))
+        carried = initial_carried(hidden, model.carried_channels)
+        output, state, carried = model.layers[str(layer)](hidden.requires_grad_(), None, Documents(starts), carried)
         del state
     kept = allocations.bytes_alive()
     assert output.requires_grad

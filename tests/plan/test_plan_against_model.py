@@ -104,7 +104,7 @@ def test_recomputation_keeps_each_blocks_input_alone(load: Callable[..., Config]
     def kept(sequence_length: int) -> int:
         hidden = torch.randn(sequence_length, 1, config.model.hidden_size, dtype=model.compute_dtype)
         with Allocations() as allocations:
-            output, states = model._blocks(hidden.requires_grad_(), None, None, keep_states=True)
+            output, _, states = model._blocks(hidden.requires_grad_(), {}, None, None, keep_states=True)
             states.clear()
         size = allocations.bytes_alive()
         assert output.requires_grad

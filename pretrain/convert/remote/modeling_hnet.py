@@ -29,7 +29,7 @@ class BlockStack(nn.Module):
         final: NamedStates = {}
         for index, block in enumerate(self.layers):
             key = f"{name}.{index}"
-            hidden, final[key] = block(hidden, None if states is None else states[key])
+            hidden, final[key], _ = block(hidden, None if states is None else states[key], {})
         return hidden if self.norm is None else self.norm(hidden), final
 
 
@@ -153,7 +153,7 @@ class HNetForCausalLM(RecurrentForCausalLM):
         if index == len(self.stages):
             final: NamedStates = {}
             for layer, block in enumerate(self.layers):
-                hidden, final[str(layer)] = block(hidden, None if states is None else states[str(layer)])
+                hidden, final[str(layer)], _ = block(hidden, None if states is None else states[str(layer)], {})
             return self.inner_norm(hidden), final
         stage, name = self.stages[index], f"stages.{index}"
         encoded, final = stage.encoder(hidden, states, f"{name}.encoder")

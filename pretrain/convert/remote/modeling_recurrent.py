@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pretrain.models.modeling import NORMS, State
+from pretrain.models.modeling import NORMS, Carried, State
 
 from .configuration_recurrent import RecurrentConfig
 from .mixers import CHANNELS, MIXERS
@@ -95,14 +95,35 @@ class RecurrentBlock(GradientCheckpointingLayer):
             self.channel_norm = norm(hidden_size, config.norm_epsilon)
             self.channel = CHANNELS[settings.pop("type")](hidden_size, **settings)
 
-    def forward(self, hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+    @property
+    def carried(self) -> dict[str, int]:
+        """Channels of what the channel mixer hands to the blocks after it, by name."""
+        return getattr(self.channel, "carried", {})
+
+    def forward(self, hidden: Tensor, state: State | None, carried: Carried) -> tuple[Tensor, State | None, Carried]:
         """Maps ``(batch, sequence, hidden_size)`` to the same shape, from one state to the next."""
         if self.mixer is not None:
             mixed, state = self.mixer(self.mixer_norm(hidden), state)
             hidden = hidden + mixed
         if self.channel is not None:
-            hidden = hidden + self.channel(self.channel_norm(hidden))
-        return hidden, state
+            mixed = self.channel_norm(hidden)
+            if self.carried:
+                mixed, carried = self.channel(mixed, carried)
+            else:
+                mixed = self.channel(mixed)
+            hidden = hidden + mixed
+        return hidden, state, carried
+
+
+def shared_modules(config: RecurrentConfig) -> dict[str, nn.Module]:
+    """What a model has once, however many of its layers use it, by name."""
+    modules: dict[str, nn.Module] = {}
+    for name in dict.fromkeys(config.layers):
+        for part, classes in (("mixer", MIXERS), ("channel", CHANNELS)):
+            settings = dict(config.blocks[name].get(part, {}))
+            made = getattr(classes[settings.pop("type")], "shared_modules", None) if settings else None
+            modules |= {} if made is None else made(config.hidden_size, **settings)
+    return modules
 
 
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
@@ -120,6 +141,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(
             RecurrentBlock(config, config.blocks[name], config.hidden_size) for name in config.layers
         )
+        self.shared = nn.ModuleDict(shared_modules(config))
+        for block in self.layers:
+            for part in (block.mixer, block.channel):
+                if part is not None:
+                    # Not as a part of it: these modules belong to the model.
+                    object.__setattr__(part, "shared", self.shared)
         self.output_norm = NORMS[config.norm](config.embedding_size, config.norm_epsilon)
         self.head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self._make_further_modules()
@@ -244,8 +271,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _blocks(self, hidden: Tensor, states: States | None) -> tuple[list[Tensor], States]:
         per_block, final = [hidden], []
+        channels = {name: size for block in self.layers for name, size in block.carried.items()}
+        carried = {
+            name: hidden.new_zeros(*hidden.shape[:2], size, dtype=torch.float32) for name, size in channels.items()
+        }
         for layer, block in enumerate(self.layers):
-            hidden, state = block(hidden, None if states is None else states[layer])
+            hidden, state, carried = block(hidden, None if states is None else states[layer], carried)
             per_block.append(hidden)
             final.append(state)
         return per_block, final

@@ -15,7 +15,7 @@ from pretrain.models.hierarchy.hnet.chunking import Chunks, find_chunks
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.ratio_loss import RatioLoss
 from pretrain.models.hierarchy.hnet.stage import HNetStage
-from pretrain.models.mixer import Documents, LayerContext, State
+from pretrain.models.mixer import Carried, Documents, LayerContext, State
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import scale_learning_rate
 from pretrain.models.states import join_rows, select_rows
@@ -71,7 +71,7 @@ class HNet(Decoder):
                 ).sum(0)
         self.ratio_loss.begin_batch(labels, counts)
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float | tuple[float, int]]:
         return super().take_metrics() | self.ratio_loss.take_metrics()
 
     def forward(self, tokens: Tensor, labels: Tensor | None, document_starts: Tensor) -> Tensor:
@@ -92,11 +92,14 @@ class HNet(Decoder):
     def _blocks(
         self,
         hidden: Tensor,
+        carried: Carried,
         states: dict[str, State] | None,
         documents: Documents | None,
         keep_states: bool,
-    ) -> tuple[Tensor, dict[str, State]]:
-        return self._from_stage(0, hidden, states, documents, keep_states)
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
+        # Blocks that carry anything are refused in a hierarchy.
+        hidden, final = self._from_stage(0, hidden, states, documents, keep_states)
+        return hidden, carried, final
 
     def _from_stage(
         self,
@@ -108,7 +111,7 @@ class HNet(Decoder):
     ) -> tuple[Tensor, dict[str, State]]:
         """Stage ``index`` with all that stands further in; behind the last one that is the innermost network."""
         if index == len(self.stages):
-            hidden, final = super()._blocks(hidden, states, documents, keep_states)
+            hidden, _, final = super()._blocks(hidden, {}, states, documents, keep_states)
             return self.inner_norm(hidden), final
         stage, name = self.stages[index], f"stages.{index}"
         starts = None if documents is None else documents.starts

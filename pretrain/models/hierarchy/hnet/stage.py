@@ -54,9 +54,9 @@ class BlockStack(nn.Module):
             key = f"{name}.{index}"
             state = None if states is None else states.get(key)
             if self.recomputes and torch.is_grad_enabled():
-                hidden, state = checkpoint(block, hidden, state, documents, use_reentrant=False)
+                hidden, state, _ = checkpoint(block, hidden, state, documents, use_reentrant=False)
             else:
-                hidden, state = block(hidden, state, documents)
+                hidden, state, _ = block(hidden, state, documents)
             if state is not None:
                 final[key] = state
         return hidden if self.norm is None else self.norm(hidden), final
