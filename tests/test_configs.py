@@ -65,6 +65,8 @@ def test_file_of_sections_holds_those_of_its_folder_and_fits_a_run(path: Path) -
     run = load_config(QUICKSTART).model_dump(mode="json")
     if raw.get("parallel", {}).get("tensor", 1) > run["model"]["blocks"]["mlstm"]["mixer"]["num_heads"]:
         run["model"] = yaml.safe_load((CONFIGS / "models/xlstm/7b.yaml").read_text())["model"]
+    if raw.get("parallel", {}).get("expert", 1) > 1:
+        run["model"] = yaml.safe_load((CONFIGS / "models/xlstm_moe/20b.yaml").read_text())["model"]
     if sections == SECTIONS["recipes"]:
         # A recipe leaves to each run how long it is.
         run["train"]["steps"] = 10**6

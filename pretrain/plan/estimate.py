@@ -8,7 +8,7 @@ from typing import Any
 from pretrain.config.schema import Config, check_world_size
 from pretrain.errors import InputError
 from pretrain.plan.gpus import GPUFit, fit
-from pretrain.plan.memory import BlockCost, Stage, layer_costs
+from pretrain.plan.memory import BlockCost, Stage, layer_costs, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
 
     Args:
         config: the run.
-        world_size: number of processes; None: as many as the layout names (``parallel.data`` left open: one
-            data-parallel rank).
+        world_size: number of processes; None: as many as the layout names (``parallel.data`` left open: as few
+            data-parallel ranks as there can be).
         gpu: a name in :data:`pretrain.plan.GPUS` to compare the heaviest rank with.
 
     Raises:
@@ -129,7 +129,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     """
     parallel, train = config.parallel, config.train
     if world_size is None:
-        world_size = parallel.model_parallel * (parallel.data or 1)
+        world_size = parallel.model_parallel * (parallel.data or parallel.expert)
     problem = None if world_size > 0 else f"the number of processes must be at least 1, but is {world_size}"
     problem = problem or check_world_size(config, world_size)
     if problem:
@@ -141,6 +141,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     heaviest = max(stages, key=lambda stage: stage.bytes)
     embedding = config.model.vocab_size * config.model.embedding_size
     outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.embedding_size
+    outside_layers += shared_parameters(layers)
     flops = model_flops_per_token(config)
     tokens_per_step = train.global_batch_size * config.data.sequence_length
     return Plan(
@@ -154,6 +155,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
             "tensor": parallel.tensor,
             "sequence": parallel.sequence,
             "pipeline": parallel.pipeline,
+            "expert": parallel.expert,
             "data": data_size,
             "zero": parallel.zero,
         },

@@ -61,9 +61,10 @@ class BlockCost:
     def active_parameters(self) -> int:
         return sum(mixer.active_parameters for mixer in self.mixers) + self.norms * self.hidden_size
 
-    def parameters_per_rank(self, tensor: int) -> int:
-        """Parameters on one of ``tensor`` tensor-parallel ranks."""
-        return sum(mixer.parameters_per_rank(tensor) for mixer in self.mixers) + self.norms * self.hidden_size
+    def parameters_per_rank(self, tensor: int, expert: int = 1) -> int:
+        """Parameters on one of ``tensor`` tensor-parallel and ``expert`` expert-parallel ranks."""
+        mixers = sum(mixer.parameters_per_rank(tensor, expert) for mixer in self.mixers)
+        return mixers + self.norms * self.hidden_size
 
     def activation_bytes_per_token(self, config: Config) -> float:
         """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed, per token read."""
@@ -119,6 +120,15 @@ def _outer_costs(config: Config, hierarchy: HierarchyConfig) -> list[BlockCost]:
     return costs
 
 
+def shared_parameters(layers: list[BlockCost]) -> int:
+    """Parameters that layers share, each counted once; every pipeline stage holds a copy."""
+    shared: dict[str, int] = {}
+    for layer in layers:
+        for mixer in layer.mixers:
+            shared |= mixer.shared_parameters
+    return sum(shared.values())
+
+
 @dataclass(frozen=True)
 class Stage:
     """One pipeline stage on one rank: its layers, its place, and the batch that it sees."""
@@ -151,7 +161,9 @@ class Stage:
     @property
     def parameters(self) -> int:
         """Parameters of this rank's part of the model, before ZeRO splits anything."""
-        total = sum(layer.parameters_per_rank(self.config.parallel.tensor) for layer in self.layers)
+        parallel = self.config.parallel
+        total = sum(layer.parameters_per_rank(parallel.tensor, parallel.expert) for layer in self.layers)
+        total += shared_parameters(layer_costs(self.config))
         first, last = self.index == 0, self.is_last
         # A tied embedding stands once on a stage, though it is both; first and last stage each have their copy.
         tied_on_one_stage = first and last and self.config.model.tie_embeddings
@@ -160,6 +172,14 @@ class Stage:
             total += self.config.model.embedding_size
         return total
 
+    @property
+    def partition(self) -> int:
+        """Parameters of one rank once ZeRO has split them: experts over those ranks alone that hold them."""
+        parallel = self.config.parallel
+        mixers = [mixer for layer in self.layers for mixer in layer.mixers]
+        routed = sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
+        return -(-(self.parameters - routed) // self.data_size) + -(-routed * parallel.expert // self.data_size)
+
     def activation_bytes(self, recompute: str) -> int:
         """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
         parallel = self.config.parallel
@@ -167,9 +187,11 @@ class Stage:
         split = parallel.tensor if parallel.sequence else 1
         whole = [layer.activation_bytes_per_token(self.config) for layer in self.layers]
         if recompute == "block":
-            # Every block keeps its input; the one that runs backward has all of its own again.
+            # Every block keeps its input, and what is carried beside it; the one that runs backward has all of its own
+            # again.
+            carried = FLOAT32 * sum(self.config.model.carried_channels().values())
             kept = [
-                size if layer.is_joint else layer.positions_per_token * layer.hidden_size * element / split
+                size if layer.is_joint else layer.positions_per_token * (layer.hidden_size * element + carried) / split
                 for layer, size in zip(self.layers, whole, strict=True)
             ]
             per_token = self.micro_batches_in_flight * sum(kept)
@@ -183,7 +205,7 @@ class Stage:
     def bytes_by_part(self) -> dict[str, int]:
         """Bytes of each of :data:`PARTS` on this rank; their sum is the most it holds at once."""
         zero, parameters = self.config.parallel.zero, self.parameters
-        partition = -(-parameters // self.data_size)
+        partition = self.partition
         bucket = min(REDUCE_BUCKET, parameters) if self.data_size > 1 else 0
         elements = {
             "weights": partition if zero == 3 else parameters,
@@ -224,12 +246,13 @@ class Stage:
     def _working_bytes(self) -> int:
         """Of the layer, or of the head, that needs most."""
         tensor, element = self.config.parallel.tensor, BYTES_PER_ELEMENT[self.config.train.precision]
+        expert = self.config.parallel.expert
         weight = element if element != FLOAT32 else 0
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
             mixer.working_bytes_per_token / tensor * self.tokens * layer.positions_per_token
-            + per_parameter * mixer.parameters_per_rank(tensor)
+            + per_parameter * mixer.parameters_per_rank(tensor, expert)
             for layer in self.layers
             for mixer in layer.mixers
         ]

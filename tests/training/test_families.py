@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
 # Mixers that solve their recurrence by Newton's method report how that went.
 NEWTON = {"newton_residual", "newton_iterations", "newton_fallbacks"}
+# Mixtures of experts report how tokens fall on experts.
+ROUTED = {"moe_load", "moe_entropy", "moe_balance_loss", "moe_z_loss", "moe_dropped"}
 
 
 def _config(family: str, directory: Path) -> Config:
@@ -57,6 +59,18 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
         fractions = [record[f"boundary_fraction_{stage}"] for record in records]
         assert max(abs(1 / fraction - target) for fraction in fractions[:30]) > 0.5 * target
         assert sum(fractions[-50:]) / 50 == pytest.approx(1 / target, rel=0.5)
+
+    if family.endswith("moe"):
+        for record in records:
+            assert record.keys() >= ROUTED
+            assert record["moe_dropped"] == 0
+            assert 1 <= record["moe_load"] <= 8
+            # Of probabilities of eight experts at most, in nats.
+            assert 0 < record["moe_entropy"] <= 2.08
+        # Fresh routers choose among almost equal probabilities.
+        assert records[0]["moe_balance_loss"] == pytest.approx(2, abs=0.1)
+    else:
+        assert not any(record.keys() & ROUTED for record in records)
 
     if family.startswith("para_"):
         for record in records:

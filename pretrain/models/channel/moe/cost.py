@@ -50,14 +50,15 @@ def _activation_bytes(config: MoEConfig, hidden_size: int, bytes_per_element: in
     # Each expert's input, its output for the product with the weight, and as in SwiGLU four tensors between them.
     elements = each * (2 * hidden_size + 4 * config.intermediate_size)
     elements += 4 * (config.shared_expert_size or 0)
-    # The weights in the dtype of the outputs that they multiply.
-    elements += each if bytes_per_element != FLOAT32 else 0
-    # Logits (for the z loss alone), probabilities; those of the chosen, their weights, and the sum between them.
-    floats = config.num_experts * (2 if config.z_coefficient else 1) + 2 * each + 1
-    # Of the z loss: the log-partition.
-    floats += 1 if config.z_coefficient else 0
-    # The router reads float32.
-    floats += hidden_size if bytes_per_element != FLOAT32 else 0
+    # Each expert's weight, in the dtype of the output that it multiplies.
+    elements += each
+    # Probabilities; those of the chosen, and their sum; for the z loss logits and log-partition.
+    floats = config.num_experts + each + 1
+    floats += config.num_experts + 1 if config.z_coefficient else 0
+    if bytes_per_element != FLOAT32:
+        # The router reads a float32 copy. The norm's result, which the block counts, is then the shared expert's alone.
+        floats += hidden_size
+        elements -= hidden_size if config.shared_expert_size is None else 0
     if config.router == "recurrent":
         # The cell's input, three gates, the state's part of them, and the state that it returns.
         floats += 8 * config.router_size
