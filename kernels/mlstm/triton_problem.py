@@ -30,10 +30,10 @@ class Configuration:
 # run on bf16 tiles and on whether the head is large; never on the sequence length.
 CONFIGURATIONS: dict[tuple[str, str], Configuration] = {
     ("bf16", "state"): Configuration(64, 128, 4, 2),
-    ("bf16", "output"): Configuration(64, 128, 4, 2),
+    ("bf16", "output"): Configuration(64, 128, 4, 3),
     ("bf16", "state_gradient"): Configuration(64, 128, 8, 2),
-    ("bf16", "query_gradient"): Configuration(256, 64, 8, 2),
-    ("bf16", "key_gradient"): Configuration(256, 64, 8, 2),
+    ("bf16", "query_gradient"): Configuration(256, 64, 8, 3),
+    ("bf16", "key_gradient"): Configuration(256, 64, 8, 3),
     ("bf16", "value_gradient"): Configuration(64, 128, 4, 2),
     ("fp32", "state"): Configuration(32, 64, 4, 1),
     ("fp32", "output"): Configuration(32, 64, 4, 1),
