@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from data.splitting import held_out
 from data.tokenizers import open_tokenizer
 from tests.data.preparing import contents, data_config, prepare_into
 
-# Markdown, text and the like in installed packages, by many authors; and the system's documents in many
-# languages and encodings, some of them compressed, which a source of text files takes as they are.
+# Sources of a large package that torch needs, and the licences of the system's packages: by many authors, in many
+# languages and some encodings, and often the same.
 TREES = {
     "given": (os.environ.get("TEXT_TREE", ""), "**/*"),
-    "packages": (sysconfig.get_path("purelib"), "**/*.[mrt][dsx]*"),
-    "documents": (str(Path(sys.base_prefix, "share", "doc")), "**/*"),
+    "mathematics": (str(Path(sysconfig.get_path("purelib"), "sympy")), "**/*.py"),
+    "licences": ("/usr/share/doc", "**/copyright"),
 }
 SHARD_MEGABYTES = 16
 
