@@ -96,28 +96,22 @@ class Observer:
             "learning_rate": learning_rate,
             "tokens": total_tokens,
             "tokens_per_second": rate,
-            "tflops_per_second": rate * self._model_flops(sequence_length) / 1e12,
+            "tflops_per_second": rate * self._model_flops(sequence_length, further) / 1e12,
             "skipped": not result.applied,
             **further,
         }
         self.progress.update(step, self.pending)
 
-    def _model_flops(self, sequence_length: int) -> float:
-        """Useful FLOPs of a token in rows of this length."""
-        if sequence_length not in self._flops_per_token:
-            data = self.config.data.model_copy(update={"sequence_length": sequence_length})
-            self._flops_per_token[sequence_length] = model_flops_per_token(
-                self.config.model_copy(update={"data": data})
-            )
-        return self._flops_per_token[sequence_length]
-
-    def _flops_per_token(self, further: Mapping[str, float]) -> float:
-        """Useful FLOPs of a token; of a model that chooses its own chunks, with as many as it had in this step."""
+    def _model_flops(self, sequence_length: int, further: Mapping[str, float]) -> float:
+        """Useful FLOPs of a token in rows of this length; with as many chunks as the model chose, where it does."""
         config, hierarchy = self.config, self.config.model.hierarchy
-        if hierarchy is None:
-            return self.flops_per_token
-        model = config.model.model_copy(update={"hierarchy": hierarchy.measured(further)})
-        return model_flops_per_token(config.model_copy(update={"model": model}))
+        data = config.data.model_copy(update={"sequence_length": sequence_length})
+        if hierarchy is not None:
+            model = config.model.model_copy(update={"hierarchy": hierarchy.measured(further)})
+            return model_flops_per_token(config.model_copy(update={"data": data, "model": model}))
+        if sequence_length not in self._flops_per_token:
+            self._flops_per_token[sequence_length] = model_flops_per_token(config.model_copy(update={"data": data}))
+        return self._flops_per_token[sequence_length]
 
     def evaluated(self, step: int, loss: BatchLoss) -> None:
         """Adds an evaluation to the figures of the step that it followed."""
