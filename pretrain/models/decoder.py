@@ -32,7 +32,7 @@ class Block(nn.Module):
         super().__init__()
         norm, sizes = NORMS[model.norm], (context.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
         self.mixer = self.channel = None
-        self.carries = config.channel is not None and bool(config.channel.carried(model.hidden_size))
+        self.carries = config.channel is not None and bool(config.channel.carried(context.hidden_size))
         if config.mixer is not None:
             self.mixer_norm = norm(*sizes)
             self.mixer = family_of(config.mixer).module(config.mixer, context)
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
     def _shared_modules(self, first: int) -> dict[str, nn.Module]:
         """What layers anywhere in the model share; every stage holds a copy, of which the first stage's counts."""
         modules: dict[str, nn.Module] = {}
-        context = LayerContext(self.model.hidden_size, first, self.model.num_layers, self.config)
+        context = self._context(first)
         for block in self.model.blocks_in_use():
             for config in (block.mixer, block.channel):
                 if config is not None:

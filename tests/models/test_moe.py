@@ -12,10 +12,13 @@ from pretrain.config import parse_config
 from pretrain.errors import InputError
 from pretrain.models.carried import initial_carried, pack, packed_channels, unpack
 from pretrain.models.channel.moe.config import MoEConfig
+from pretrain.models.channel.moe.experts import Experts
 from pretrain.models.channel.moe.mixer import MoE
 from pretrain.models.channel.moe.router import ROUTER_CELL
+from pretrain.models.mixer import LayerContext
 from pretrain.models.parameters import initialise_weights
 from pretrain.models.registry import AUXILIARY_LOSS
+from pretrain.parallel.topology import build_topology, megatron_config
 from tests.configurations import tiny_config
 from tests.conformance.tools import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, assert_close, context_of
 
@@ -214,7 +217,34 @@ def test_nothing_is_packed_where_nothing_is_carried() -> None:
     assert again is hidden and carried == {}
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("counts", [[5, 0, 17, 10], [0, 0, 3, 0], [8, 16, 0, 1], [0, 0, 0, 0]], ids=str)
+def test_experts_at_once_are_experts_one_by_one(counts: list[int], recompute: str) -> None:
+    """As a GPU runs them; also torch's kernel for the CPU refuses what is not aligned."""
+    config = tiny_config(train={"recompute": recompute})
+    build_topology(config)
+    context = LayerContext(16, layer=0, num_layers=2, megatron=megatron_config(config))
+    experts = Experts(MoEConfig(num_experts=4, intermediate_size=24), context)
+    assert experts.can_work_at_once(torch.bfloat16) and not experts.can_work_at_once(torch.float32)
+    assert not Experts(MoEConfig(num_experts=4, intermediate_size=20), context).can_work_at_once(torch.bfloat16)
+    initialise_weights(experts, 0)
+    generator = torch.Generator().manual_seed(1)
+    rows, weight = (torch.randn(sum(counts), 16, generator=generator) for _ in range(2))
+    results = []
+    for run in (experts, experts.at_once):
+        inputs = rows.clone().requires_grad_()
+        output = run(inputs, torch.tensor(counts))
+        found = torch.autograd.grad((output * weight).sum(), [inputs, *experts.parameters()])
+        results.append([output, *found])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
+
+
 ROUTED = {"type": "moe", "num_experts": 4, "intermediate_size": 16, "router_size": 8}
+
+
+STAGE = {"hidden_size": 32, "encoder": ["block0"], "decoder": ["block0"], "target_ratio": 4.0}
+HIERARCHY = {"type": "hnet", "stages": [STAGE], "ratio_loss_weight": 0.03}
 
 
 def _model(channel: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +275,10 @@ def _model(channel: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"parallel": {"expert": 2}}, "parallel.expert=2, but no block of the model has routed experts; set it to 1"),
         ({"model": _model(ROUTED), "parallel": {"expert": 2, "zero": 3}}, "zero=3 does not go with expert=2"),
+        (
+            {"model": _model(ROUTED | {"router": "linear"}) | {"hierarchy": HIERARCHY}},
+            "blocks.block0.channel: moe hands tensors from layer to layer, which the stages of a hierarchy do not pass",
+        ),
         ({"model": _model(ROUTED), "parallel": {"expert": 2, "data": 3}}, "data=3 is not divisible by expert=2"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

@@ -13,6 +13,9 @@ from pretrain.models.parameters import ParameterSpec, new_parameter, small_norma
 
 NAMES = ("gate", "up", "down")
 
+# Elements of bfloat16 in 16 bytes.
+_ALIGNED = 8
+
 
 class Experts(nn.Module):
     """``down(silu(gate(x)) * up(x))`` of each expert that this rank holds.
@@ -49,8 +52,8 @@ class Experts(nn.Module):
         Returns:
             ``(rows, hidden_size)``: of several tensor-parallel ranks, this one's part of the sum.
         """
-        if _has_grouped_products(rows):
-            return self._at_once(rows, counts)
+        if rows.is_cuda and self.can_work_at_once(rows.dtype):
+            return self.at_once(rows, counts)
         outputs = []
         # An expert without rows takes part too: its gradients are zeros, which all its ranks then have alike.
         weights = zip(*(self._weights(name) for name in NAMES), strict=True)
@@ -60,20 +63,33 @@ class Experts(nn.Module):
             outputs.append(nn.functional.linear(activated, down.to(part.dtype)))
         return torch.cat(outputs)
 
-    def _at_once(self, rows: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
+    def can_work_at_once(self, dtype: torch.dtype) -> bool:
+        """Whether the kernel takes these widths, which it reads in pieces of 16 bytes, and this dtype."""
+        widths = self._weights("gate")[0].shape
+        return (
+            dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm") and all(size % _ALIGNED == 0 for size in widths)
+        )
 
-        def times(inputs: Tensor, name: str) -> Tensor:
-            weights = self._weights(name)
-            return multiply_by_built(
-                lambda weight: torch._grouped_mm(inputs, weight, offs=ends),
-                lambda: torch.stack([weight.to(inputs.dtype) for weight in weights]).mT,
-                self.megatron,
-            )
+    def at_once(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """All experts' products in one call each; arguments as above, and ``counts`` need not be known on the host."""
+        # Every expert gets zero rows behind its own until it has a multiple of what is read in one piece, and one such
+        # piece at least: of an expert without rows the kernel might leave the gradient as memory was.
+        padded = counts + _ALIGNED - counts % _ALIGNED
+        starts, own = padded.cumsum(0) - padded, counts.cumsum(0) - counts
+        expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=len(rows))
+        places = torch.arange(len(rows), device=rows.device) + (starts - own)[expert]
+        total = -(-len(rows) // _ALIGNED) * _ALIGNED + _ALIGNED * len(counts)
+        ends = padded.cumsum(0).to(torch.int32)
+        # The last one takes what is left, so that no row belongs to none.
+        ends[-1] = total
+        inputs = rows.new_zeros(total, rows.shape[1]).index_copy(0, places, rows)
+        activated = nn.functional.silu(self._times(inputs, "gate", ends)) * self._times(inputs, "up", ends)
+        return self._times(activated, "down", ends).index_select(0, places)
 
-        return times(nn.functional.silu(times(rows, "gate")) * times(rows, "up"), "down")
-
-
-def _has_grouped_products(rows: Tensor) -> bool:
-    # The kernel reads rows of whole 16-byte pieces.
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
+    def _times(self, inputs: Tensor, name: str, ends: Tensor) -> Tensor:
+        weights = self._weights(name)
+        return multiply_by_built(
+            lambda weight: torch._grouped_mm(inputs, weight, offs=ends),
+            lambda: torch.stack([weight.to(inputs.dtype) for weight in weights]).mT,
+            self.megatron,
+        )
