@@ -49,6 +49,14 @@ def _hnet(*widths: int, decoder: str = "mlstm", ratio: float = 4) -> str:
     return f"model.hierarchy={{type: hnet, stages: [{', '.join(stages)}]}}"
 
 
+WORDS = "data.tokenizer.type=hierarchical_bytes"
+
+
+def _hat(num_heads: int = 4) -> str:
+    """An override that puts bytes round the model, which then reads words."""
+    return f"model.hierarchy={{type: hat, hidden_size: 64, encoder: [mlstm], decoder: [mlstm], num_heads: {num_heads}}}"
+
+
 @pytest.mark.parametrize("path", RUNS, ids=_name)
 def test_run_loads_and_survives_being_written_out(path: Path) -> None:
     config = load_config(path)
@@ -67,6 +75,8 @@ def test_file_of_sections_holds_those_of_its_folder_and_fits_a_run(path: Path) -
         run["model"] = yaml.safe_load((CONFIGS / "models/xlstm/7b.yaml").read_text())["model"]
     if raw.get("parallel", {}).get("expert", 1) > 1:
         run["model"] = yaml.safe_load((CONFIGS / "models/xlstm_moe/20b.yaml").read_text())["model"]
+    if raw.get("model", {}).get("hierarchy", {}).get("type") == "hat":
+        run["data"]["tokenizer"] = {"type": "hierarchical_bytes"}
     if sections == SECTIONS["recipes"]:
         # A recipe leaves to each run how long it is.
         run["train"]["steps"] = 10**6
@@ -199,6 +209,11 @@ def test_wrong_value_names_its_key_and_what_was_expected(override: str, key: str
         ([_hnet(64, ratio=1)], "target_ratio' is 1: input should be greater than 1"),
         ([_hnet(64), "parallel.pipeline=2"], "type hnet does not go with parallel.pipeline=2"),
         ([_hnet(64), "parallel.tensor=2", "parallel.sequence=true"], "does not go with parallel.sequence=true"),
+        ([_hat()], "type=hat reads where words start, but data.tokenizer.type=bytes knows no words; set"),
+        ([_hat(num_heads=3), WORDS], "hierarchy: num_heads=3 does not divide hierarchy.hidden_size=64"),
+        ([_hat(num_heads=1), WORDS, "parallel.tensor=2"], "num_heads=1 is not divisible by parallel.tensor=2"),
+        ([_hat(), WORDS, "parallel.pipeline=2"], "type hat does not go with parallel.pipeline=2"),
+        ([_hat(), WORDS, "parallel.tensor=2", "parallel.sequence=true"], "type hat does not go with parallel.sequence"),
         (["model.layers=[mlstm,mamba]"], "layers names the block 'mamba', but blocks has only ['mlstm']"),
         (["model.layers=[mlstm,mlstm,mlstm]"], "does not repeat a whole number of times in num_layers=4"),
         (["model.blocks.mlstm.mixer=null", "model.blocks.mlstm.channel=null"], "needs a mixer, a channel mixer"),

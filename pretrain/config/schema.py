@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.config import DataConfig
+from data.config import DataConfig, HierarchicalBytesTokenizer
 from pretrain.models.registry import (
     OuterBlock,
     StrictModel,
@@ -261,7 +261,7 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problem = _layout_problem(self) or _batch_problem(self) or _schedule_problem(self)
+        problem = _layout_problem(self) or _words_problem(self) or _batch_problem(self) or _schedule_problem(self)
         if problem:
             raise ValueError(problem)
         return self
@@ -283,7 +283,9 @@ def _layout_problem(config: Config) -> str | None:
                 f"needs"
             )
     if model.hierarchy is not None:
-        problem = model.hierarchy.layout_problem(parallel.pipeline, parallel.sequence)
+        hierarchy = model.hierarchy
+        problem = hierarchy.layout_problem(parallel.pipeline, parallel.sequence)
+        problem = problem or hierarchy.tensor_problem(parallel.tensor)
         if problem:
             return f"model.hierarchy: {problem}"
     problem = model.block_problem(parallel.tensor)
@@ -303,6 +305,16 @@ def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
                 f"parallel.expert={expert_parallel}; every rank holds the same number of experts"
             )
     return None
+
+
+def _words_problem(config: Config) -> str | None:
+    hierarchy, tokenizer = config.model.hierarchy, config.data.tokenizer
+    if hierarchy is None or not hierarchy.reads_word_starts or isinstance(tokenizer, HierarchicalBytesTokenizer):
+        return None
+    return (
+        f"model.hierarchy.type={hierarchy.type} reads where words start, but data.tokenizer.type={tokenizer.type} "
+        f"knows no words; set data.tokenizer.type to hierarchical_bytes"
+    )
 
 
 def _batch_problem(config: Config) -> str | None:

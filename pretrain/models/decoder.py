@@ -221,12 +221,19 @@ class Decoder(nn.Module):
                 final[layer] = state
         return hidden, carried, final
 
-    def forward(self, tokens: Tensor, labels: Tensor, document_starts: Tensor) -> Tensor:
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the schedule hands to :meth:`forward` of a batch on this rank's device."""
+        return batch.tokens, batch.labels, batch.document_starts
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, document_starts: Tensor, word_starts: Tensor | None = None
+    ) -> Tensor:
         """One micro-batch for training.
 
         Args:
             tokens, labels: ``(batch, sequence)`` int64; labels hold ``IGNORED_LABEL`` where nothing counts.
             document_starts: ``(batch, sequence)`` bool, True at each document's first token.
+            word_starts: likewise of each word; None unless the model reads words.
 
         Returns:
             On the last stage the summed cross-entropy of the labels that count, in nats, a float32 scalar, whose
@@ -238,7 +245,8 @@ class Decoder(nn.Module):
             carried = initial_carried(hidden, self.carried_channels)
         else:
             hidden, carried = unpack(self.input_tensor, self.carried_channels)
-        hidden, carried, _ = self._blocks(hidden, carried, None, Documents(document_starts), keep_states=False)
+        documents = Documents(document_starts, word_starts)
+        hidden, carried, _ = self._blocks(hidden, carried, None, documents, keep_states=False)
         if not self.is_last_stage:
             return pack(hidden, carried)
         counts = labels != IGNORED_LABEL

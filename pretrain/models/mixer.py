@@ -46,9 +46,11 @@ class Documents:
     Attributes:
         starts: ``(batch, sequence)`` bool, True at each document's first token. State restarts there. A
             sequence whose first flag is False goes on with the state that it is given.
+        word_starts: ``(batch, sequence)`` bool, True at each word's first token; None unless the model reads words.
     """
 
     starts: Tensor
+    word_starts: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ class HierarchyConfig(StrictModel):
         """How many positions the innermost network is expected to have for each token that is read."""
         raise NotImplementedError(f"{type(self).__name__} must say how many positions its innermost network has")
 
+    @property
+    def reads_word_starts(self) -> bool:
+        """Whether it must be told where words start, so that the data's tokenizer must know them."""
+        return False
+
     def measured(self, metrics: Mapping[str, float]) -> HierarchyConfig:
         """This configuration with what it expects replaced by what the figures of a step say."""
         return self
@@ -115,6 +120,10 @@ class HierarchyConfig(StrictModel):
 
     def problem(self, hidden_size: int) -> str | None:
         """One sentence about why this hierarchy cannot stand round a network of this width; None where it can."""
+        return None
+
+    def tensor_problem(self, tensor: int) -> str | None:
+        """One sentence about why its joints cannot be split over this many ranks; None where they can."""
         return None
 
     def layout_problem(self, pipeline: int, sequence_parallel: bool) -> str | None:

@@ -76,7 +76,7 @@ def run_schedule(
 
     def forward_step(batches: Iterator[Batch], called: nn.Module) -> tuple[Tensor, object]:
         batch = next(batches).to(device)
-        output = called(batch.tokens, batch.labels, batch.document_starts)
+        output = called(*decoder.inputs(batch))
 
         def loss_function(nats: Tensor) -> tuple[Tensor, Tensor]:
             return nats * scale, nats.detach().clone()

@@ -35,8 +35,11 @@ def test_executed_flops_equal_what_torch_counts(load: Callable[..., Config], fam
     tokens = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(0))
     starts = torch.zeros(1, 100, dtype=torch.bool)
     starts[:, 0] = True
+    inputs = [tokens, tokens, starts]
+    if config.model.hierarchy.reads_word_starts:
+        inputs.append(torch.arange(100)[None] % 4 == 0)
     with flop_counter() as counter:
-        model(tokens, tokens, starts).backward()
+        model(*inputs).backward()
     measured = _as_measured(config, model.take_metrics())
     chunks = 100 * measured.model.hierarchy.inner_positions_per_token
     assert chunks == pytest.approx(round(chunks)) and 2 < chunks < 80
@@ -52,7 +55,7 @@ def test_executed_flops_equal_what_torch_counts(load: Callable[..., Config], fam
     assert model_flops_per_token(measured) <= hardware_flops_per_token(measured)
 
 
-@pytest.mark.parametrize("family", HIERARCHIES)
+@pytest.mark.parametrize("family", [family for family in HIERARCHIES if family.startswith("hnet")])
 def test_inner_layers_cost_what_their_share_of_positions_does(load: Callable[..., Config], family: str) -> None:
     config = load(f"runs/{family}_tiny.yaml", *ONE_PROCESS)
     estimate = plan(config, 1)
@@ -66,6 +69,38 @@ def test_inner_layers_cost_what_their_share_of_positions_does(load: Callable[...
         assert after.positions_per_token == pytest.approx(before.positions_per_token / 2)
         assert after.mixers[0].projection_flops_per_token == before.mixers[0].projection_flops_per_token
     assert plan(_as_measured(config, metrics), 1).flops_per_token < estimate.flops_per_token
+
+
+def test_words_cost_what_their_share_of_positions_does(load: Callable[..., Config]) -> None:
+    config = load("runs/hat_tiny.yaml", *ONE_PROCESS)
+    estimate = plan(config, 1)
+    assert estimate.tokens_per_inner_position == pytest.approx(config.model.hierarchy.bytes_per_word)
+    longer = _as_measured(config, {"bytes_per_word": 2 * config.model.hierarchy.bytes_per_word})
+    pairs = list(zip(layer_costs(config), layer_costs(longer), strict=True))
+    changed = [after.positions_per_token / before.positions_per_token for before, after in pairs]
+    joints = 1 + len(config.model.hierarchy.decoder)
+    # The backbone's layers, and what is done once a word: pooling's output, and each reader's part.
+    assert changed.count(0.5) == config.model.num_layers + joints
+    assert changed.count(1.0) == len(changed) - config.model.num_layers - joints
+    assert plan(longer, 1).flops_per_token < estimate.flops_per_token
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activation_bytes_of_what_joins_words_with_bytes(load: Callable[..., Config], precision: str) -> None:
+    expected_words = "model.hierarchy.bytes_per_word=4.0"
+    config = load("runs/hat_tiny.yaml", *ONE_PROCESS, f"train.precision={precision}", expected_words)
+    model = build(config)
+    initialise_weights(model, 0)
+    length, size = 600, config.model.hierarchy.hidden_size
+    encoded = torch.randn(length, 1, size, dtype=model.compute_dtype).requires_grad_()
+    word = (torch.arange(length) // 4)[None]
+    with Allocations() as allocations:
+        pooled = model.pooling(encoded, word, length // 4)
+        hidden = model.readers[0](encoded, pooled, word)
+    kept = allocations.bytes_alive() - hidden.untyped_storage().nbytes()
+    joints = [layer for layer in layer_costs(config) if layer.is_joint]
+    expected = sum(layer.activation_bytes_per_token(config) for layer in joints)
+    assert kept / length == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

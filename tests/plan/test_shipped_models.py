@@ -42,7 +42,10 @@ def _comment(path: Path) -> str:
 def _config(path: Path) -> Config:
     """The model in a run on one process."""
     run = load_config(CONFIGS / "quickstart.yaml", ONE_PROCESS).model_dump(mode="json")
-    return parse_config({**run, **yaml.safe_load(path.read_text())}, path.name)
+    sections = yaml.safe_load(path.read_text())
+    if sections["model"].get("hierarchy", {}).get("type") == "hat":
+        run["data"]["tokenizer"] = {"type": "hierarchical_bytes"}
+    return parse_config({**run, **sections}, path.name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -50,7 +50,8 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
     assert records[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.5)
     assert records[-1]["held_out_bits_per_byte"] < records[99]["held_out_bits_per_byte"]
 
-    stages = len(config.model.hierarchy.stages) if config.model.hierarchy is not None else 0
+    hierarchy = config.model.hierarchy
+    stages = len(hierarchy.stages) if hierarchy is not None and hierarchy.type == "hnet" else 0
     for record in records:
         assert sum(name.startswith("ratio_loss") for name in record) == stages
     for stage in range(stages):
@@ -59,6 +60,11 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
         fractions = [record[f"boundary_fraction_{stage}"] for record in records]
         assert max(abs(1 / fraction - target) for fraction in fractions[:30]) > 0.5 * target
         assert sum(fractions[-50:]) / 50 == pytest.approx(1 / target, rel=0.5)
+
+    if hierarchy is not None and hierarchy.type == "hat":
+        # Words of source code, with the spaces before them and the punctuation behind them.
+        sizes = [record["bytes_per_word"] for record in records]
+        assert min(sizes) > 2 and sum(sizes) / 200 == pytest.approx(hierarchy.bytes_per_word, rel=0.1)
 
     if family.endswith("moe"):
         for record in records:

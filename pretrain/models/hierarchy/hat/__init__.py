@@ -1,0 +1,1 @@
+"""Hierarchical autoregressive transformer: bytes, words that the tokenizer cuts, and bytes again."""

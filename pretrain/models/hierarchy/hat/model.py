@@ -1,0 +1,112 @@
+"""HAT: bytes round a decoder that sees one vector a word."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from data.batch import Batch
+from pretrain.config.schema import ModelConfig
+from pretrain.errors import InputError
+from pretrain.models.decoder import Decoder
+from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift
+from pretrain.models.hierarchy.hnet.chunking import find_chunks
+from pretrain.models.hierarchy.hnet.stage import BlockStack
+from pretrain.models.mixer import Carried, Documents, LayerContext, State
+
+
+class HAT(Decoder):
+    """The hierarchical autoregressive transformer (Neitemeier et al. 2025, arXiv 2501.10322), as released models do::
+
+        e_t = encoder(input)                        over all bytes, not word by word
+        w_j = pooled e_t of the bytes t of word j
+        u_j = layers(w)_j                           over words
+        c_j = u_{j-1}, or a learned vector for the first word of each document
+        output_t = norm(decoder(e, c)_t)            bytes read c_word(t) before each block, or before the first
+
+    The embedding, the last norm and the head are those of :class:`Decoder` at the bytes' width. A word's vector
+    reaches only the bytes of later words, so a byte is predicted from bytes before it alone. Packed documents are
+    documents alone. The words of all sequences of a micro-batch stand in one row, without padding; see
+    :class:`pretrain.models.hierarchy.hnet.chunking.Chunks`.
+    """
+
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig):
+        super().__init__(model, megatron)
+        config = model.hierarchy
+        size, encoders, decoders = config.hidden_size, len(config.encoder), len(config.decoder)
+        total = encoders + decoders
+        self.encoder = BlockStack(config.encoder, size, model, megatron, (0, total), has_norm=False)
+        self.pooling = WordPooling(size, config.num_heads, model, megatron)
+        self.shift = WordShift(model.hidden_size)
+        parts = [config.decoder] if config.read_words == "first" else [[name] for name in config.decoder]
+        self.readers = nn.ModuleList(WordReader(size, total, model, megatron) for _ in parts)
+        self.decoder = nn.ModuleList(
+            BlockStack(names, size, model, megatron, (encoders + index, total), has_norm=False)
+            for index, names in enumerate(parts)
+        )
+        # Bytes and words since figures were last taken.
+        self.counted: list[Tensor] = []
+
+    def _context(self, layer: int) -> LayerContext:
+        config = self.model.hierarchy
+        depth = len(config.encoder) + len(config.decoder)
+        return LayerContext(self.model.hidden_size, depth + layer, depth + self.model.num_layers, self.config)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        if batch.word_starts is None:
+            raise InputError(
+                "model.hierarchy.type=hat reads where words start, but the data's tokenizer knows no words; set "
+                "data.tokenizer.type to hierarchical_bytes"
+            )
+        return (*super().inputs(batch), batch.word_starts)
+
+    def take_metrics(self) -> dict[str, float | tuple[float, int]]:
+        """Counts of all data-parallel ranks together, so every rank must ask."""
+        counts = torch.zeros(2, dtype=torch.float64, device=next(self.parameters()).device)
+        for counted in self.counted:
+            counts += counted
+        self.counted = []
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        size, words = counts.tolist()
+        return super().take_metrics() | {"bytes_per_word": size / max(words, 1.0)}
+
+    def _blocks(
+        self,
+        hidden: Tensor,
+        carried: Carried,
+        states: dict[str, State] | None,
+        documents: Documents | None,
+        keep_states: bool,
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
+        if keep_states:
+            raise InputError(
+                "models of model.hierarchy.type=hat cannot continue a text yet: where their last word ends is known "
+                "only once the next one has begun, and generation does not cut words again as it goes; they can be "
+                "trained and evaluated"
+            )
+        starts = documents.starts
+        words = find_chunks(documents.word_starts | starts, starts, continues=False)
+        count = len(words.row)
+        if torch.is_grad_enabled():
+            self.counted.append(torch.tensor([starts.numel(), count], dtype=torch.float64, device=starts.device))
+        encoded, _ = self.encoder(hidden, None, documents, "encoder")
+        begins = words.begins_sequence | words.begins_document
+        vectors = self.pooling(encoded, words.latest, count)
+        # Blocks that carry anything are refused in a hierarchy.
+        vectors, _, _ = super()._blocks(vectors, {}, None, Documents(begins[None]), False)
+        vectors = self.shift(vectors, begins)
+        hidden = encoded
+        for index, (reader, blocks) in enumerate(zip(self.readers, self.decoder, strict=True)):
+            hidden = reader(hidden, vectors, words.latest)
+            hidden, _ = blocks(hidden, None, documents, f"decoder.{index}")
+        return hidden, carried, {}
+
+    def chunk_starts(self, tokens: Tensor, document_starts: Tensor | None = None) -> list[Tensor]:
+        """Refused: words are the tokenizer's, not the model's choice."""
+        raise InputError("a model of type hat forms no chunks of its own; its words are those of data.tokenizer")
+
+
+MODEL = HAT
