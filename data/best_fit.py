@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.batch import Rows, SampleFormat
-from data.documents import Piece, StoredDocuments, read_pieces, read_stream
+from data.documents import DocumentArrays, Piece, StoredDocuments, read_pieces, read_stream
 from data.errors import DataError
 from data.order import DOCUMENT_ORDER, SAMPLE_ORDER, permutation
 from data.packing import EpochOrders, SourceSamples
@@ -136,7 +136,9 @@ class Packing:
             parts.append(by_length[start : start + item.count])
         return np.concatenate(parts)
 
-    def read(self, documents: StoredDocuments, samples: Sequence[np.ndarray], boundary_id: int) -> Rows:
+    def read(
+        self, documents: StoredDocuments | DocumentArrays, samples: Sequence[np.ndarray], boundary_id: int
+    ) -> Rows:
         """The rows of samples of which each is given by the numbers of its pieces."""
         raw = np.full(len(samples) * self.capacity, boundary_id, dtype=documents.raw_type)
         starts = np.zeros(len(raw), dtype=bool)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.documents import DocumentArrays
 from data.encoding import Encoder
 from data.errors import DataError
 from data.order import BLOCK_ORDER, BLOCK_SIZE, permutation, random_fraction
@@ -36,12 +37,10 @@ class BlockStart:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Tokenized documents in the order in which the stream hands them on: ``tokens[offsets[d] : offsets[d + 1]]``."""
+class Block(DocumentArrays):
+    """Tokenized documents in the order in which the stream hands them on."""
 
     start: BlockStart
-    tokens: np.ndarray  # ids, the mark in front of each document
-    offsets: np.ndarray  # (number of documents + 1,) int64
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class BlockReader:
             pieces = [ids for ids in encoded() if len(ids)]
             tokens = [piece for ids in pieces for piece in (mark, ids)]
             offsets = np.cumsum([0, *(len(ids) + 1 for ids in pieces)])
-            return Block(start, np.concatenate(tokens) if tokens else np.zeros(0, np.uint32), offsets)
+            return Block(np.concatenate(tokens) if tokens else np.zeros(0, np.uint32), offsets, start)
 
         return finish
 

@@ -138,6 +138,9 @@ TokenizerConfig = Annotated[
     Field(discriminator="type"),
 ]
 
+# The name of the source where there is no mixture.
+ONLY_SOURCE = "source"
+
 # Sources that hold token ids: they are not tokenized, and so not streamed either.
 READ_IN_PLACE = (MegatronIndexedSource, PreparedSource)
 
@@ -244,6 +247,15 @@ class DataConfig(_Config):
                 )
             before = phase.from_tokens
         return self
+
+    def by_source(self) -> dict[str, DataConfig]:
+        """The same for each source alone, by its name in the mixture, or ``ONLY_SOURCE``."""
+        if self.mixture is None:
+            return {ONLY_SOURCE: self}
+        return {
+            name: self.model_copy(update={"source": entry.source, "mixture": None, "curriculum": []})
+            for name, entry in self.mixture.items()
+        }
 
     def length_at(self, tokens: int) -> int:
         """Length of the rows that the run trains on after so many tokens."""

@@ -11,7 +11,7 @@ from typing import Any
 from data.batch import SampleFormat
 from data.best_fit import BestFitSamples
 from data.blocks import BlockReader
-from data.config import READ_IN_PLACE, DataConfig
+from data.config import ONLY_SOURCE, READ_IN_PLACE, DataConfig
 from data.documents import SplitCounts
 from data.encoding import Encoder
 from data.errors import DataError
@@ -91,9 +91,6 @@ class Data:
         self.train.close()
 
 
-ONLY_SOURCE = "source"
-
-
 @dataclass(frozen=True)
 class _OpenedSource:
     """One source: its samples, and what names their content."""
@@ -113,17 +110,14 @@ def open_data(config: DataConfig, seed: int) -> Data:
     if seed < 0:
         raise DataError(f"the seed of the data order is {seed}; give 0 or more.")
     tokenizer = open_tokenizer(config.tokenizer)
-    if config.mixture is None:
-        opened = {ONLY_SOURCE: _open_source(config, tokenizer, seed)}
-    else:
-        opened = {}
-        for name, entry in config.mixture.items():
-            single = config.model_copy(update={"source": entry.source, "mixture": None, "curriculum": []})
-            try:
-                # Sources of one size would else be read in one order.
-                opened[name] = _open_source(single, tokenizer, seed_of_source(seed, name))
-            except DataError as error:
-                raise DataError(f"data.mixture.{name}: {error}") from error
+    opened = {}
+    for name, single in config.by_source().items():
+        try:
+            # Sources of one size would else be read in one order.
+            own_seed = seed if config.mixture is None else seed_of_source(seed, name)
+            opened[name] = _open_source(single, tokenizer, own_seed)
+        except DataError as error:
+            raise DataError(f"data.mixture.{name}: {error}" if config.mixture else str(error)) from error
     only = opened.get(ONLY_SOURCE) if config.mixture is None else None
     content = {name: source.content for name, source in opened.items()}
     common = [tokenizer.boundary_id, config.sequence_length, seed]

@@ -50,7 +50,7 @@ class StoredDocuments(Protocol):
 Piece = tuple[int, int, int, int]
 
 
-def read_pieces(documents: StoredDocuments, pieces: Sequence[Piece], raw: np.ndarray) -> None:
+def read_pieces(documents: StoredDocuments | DocumentArrays, pieces: Sequence[Piece], raw: np.ndarray) -> None:
     """Copies many pieces into the flat buffer ``raw`` of ``documents.raw_type``, whose ids are looked at once.
 
     Raises what ``documents.read`` does. The rest of ``raw`` must hold ids below ``documents.id_limit``.
@@ -64,12 +64,11 @@ def read_pieces(documents: StoredDocuments, pieces: Sequence[Piece], raw: np.nda
 
 
 @dataclass(frozen=True)
-class TokenizedDocuments:
-    """Documents one behind the other: ``tokens[offsets[d] : offsets[d + 1]]`` is document d, mark first."""
+class DocumentArrays:
+    """Documents in memory, one behind the other: ``tokens[offsets[d] : offsets[d + 1]]`` is document d, mark first."""
 
-    tokens: np.ndarray  # (number of tokens,) uint16 or int32
+    tokens: np.ndarray  # (number of tokens,) of any integer type
     offsets: np.ndarray  # (number of documents + 1,) int64
-    counts: SplitCounts
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -92,6 +91,13 @@ class TokenizedDocuments:
         out[:] = self.tokens[start : start + len(out)]
 
     copy = read
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments(DocumentArrays):
+    """All documents of a split, counted."""
+
+    counts: SplitCounts
 
 
 def read_stream(documents: StoredDocuments, limit: int) -> np.ndarray:

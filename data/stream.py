@@ -11,7 +11,6 @@ left out.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,10 +22,13 @@ import numpy as np
 from data.batch import Rows, SampleFormat
 from data.best_fit import Packing
 from data.blocks import BackgroundBlocks, Block, BlockReader, BlockStart
-from data.documents import SplitCounts, TokenizedDocuments
+from data.documents import TokenizedDocuments, token_dtype
 from data.errors import DataError
 from data.order import BLOCK_SAMPLES, permutation
 from data.packing import SourceSamples
+from data.preparation.encoding import encode_group
+from data.preparation.memory import MemorySplit
+from data.preparation.reading import Group
 from data.sources import Source
 from data.splitting import held_out
 from data.tokenizers import Tokenizer
@@ -39,14 +41,14 @@ _KNOWN_BLOCKS = 2048
 class _PackedBlock:
     """Whole documents of one block in samples; they are in random order already, and so are the samples here."""
 
-    documents: TokenizedDocuments
+    block: Block
     packing: Packing
     order: np.ndarray  # (samples,)
 
     def rows(self, sample: int, boundary_id: int) -> Rows:
         """One sample of the block."""
         pieces = self.packing.pieces(self.packing.by_length_as_stored, int(self.order[sample]))
-        return self.packing.read(self.documents, [pieces], boundary_id)
+        return self.packing.read(self.block, [pieces], boundary_id)
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,10 @@ class StreamedSamples(SourceSamples):
         self._next_begin = begin + size
 
     def _packed(self, block: Block) -> _PackedBlock:
-        documents = documents_of(block.tokens, block.offsets)
-        packing = Packing(documents.lengths, self.format.sequence_length + 1)
+        packing = Packing(block.lengths, self.format.sequence_length + 1)
         start = block.start
         order = permutation(packing.samples, self.reader.seed, start.epoch, BLOCK_SAMPLES, start.number)
-        return _PackedBlock(documents, packing, order)
+        return _PackedBlock(block, packing, order)
 
     def _write_concatenated(self, rows: Rows, row: int, begin: int, end: int) -> None:
         for placed in self._placed:
@@ -210,35 +211,19 @@ def first_held_out(source: Source, tokenizer: Tokenizer, fraction: float, tokens
 
     Raises ``DataError`` where there is none.
     """
-    documents: list[np.ndarray] = []
-    found = raw_bytes = empty = 0
+    split, found = MemorySplit(), 0
     for document in source.documents():
-        if held_out(document.identity, fraction):
-            ids = tokenizer.encode(document.content)
-            empty += not len(ids)
-            if len(ids):
-                documents += [np.array([tokenizer.boundary_id]), ids]
-                found += 1 + len(ids)
-                raw_bytes += len(document.content)
-            if found >= tokens:
-                break
-    if not documents:
+        if not held_out(document.identity, fraction):
+            continue
+        part = encode_group(Group(0, [document.content], ["held_out"]), tokenizer)["held_out"]
+        split.add(part)
+        found += len(part.tokens)
+        if found >= tokens:
+            break
+    split.end_shard()
+    if not found:
         raise DataError(
             f"no document of data.source falls into the held-out split at data.held_out_fraction {fraction}; raise the"
             " fraction or give more documents."
         )
-    offsets = np.cumsum([0, *(1 + len(ids) for ids in documents[1::2])])
-    return documents_of(np.concatenate(documents).astype(np.uint32), offsets, raw_bytes, empty)
-
-
-def documents_of(tokens: np.ndarray, offsets: np.ndarray, raw_bytes: int = 0, empty: int = 0) -> TokenizedDocuments:
-    """Documents in memory, counted."""
-    counts = SplitCounts(
-        documents=len(offsets) - 1,
-        tokens=len(tokens),
-        bytes=raw_bytes or None,
-        empty_documents=empty,
-        invalid_utf8_documents=0,
-        sha256=hashlib.sha256(tokens).hexdigest(),
-    )
-    return TokenizedDocuments(tokens, offsets, counts)
+    return split.documents(token_dtype(tokenizer.stored_vocab_size))

@@ -6,12 +6,10 @@ import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from data.config import DataConfig, SourceConfig
+from data.config import ONLY_SOURCE, DataConfig, SourceConfig
 from data.errors import DataError
 from data.sources import Split, open_source
 from data.splitting import held_out, identity_position
-
-ONLY_SOURCE = "source"
 
 
 @dataclass(frozen=True)

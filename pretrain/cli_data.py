@@ -12,15 +12,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Prepare text as token ids, and look at what was prepared.", no_args_is_help=True)
+from pretrain.cli_arguments import ConfigFile, Overrides
 
-ConfigFile = Annotated[
-    Path, typer.Argument(help="YAML file with a data section; others are not looked at", metavar="CONFIG")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="dotted overrides, for instance data.source.path=texts", metavar="[KEY=VALUE]..."),
-]
+app = typer.Typer(help="Prepare text as token ids, and look at what was prepared.", no_args_is_help=True)
 
 
 class SplitName(enum.StrEnum):

@@ -80,10 +80,8 @@ def _workers() -> int:
 
 def _single_sources(config: DataConfig) -> Iterator[tuple[str, DataConfig]]:
     """Each source with its name, which is empty for the only one."""
-    if config.mixture is None:
-        yield "", config
-    for name, entry in (config.mixture or {}).items():
-        yield name, config.model_copy(update={"source": entry.source, "mixture": None, "curriculum": []})
+    for name, single in config.by_source().items():
+        yield "" if config.mixture is None else name, single
 
 
 def _key(name: str) -> str:

@@ -36,6 +36,7 @@ from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology, build_topology
+from pretrain.plan import device_peak_flops_per_second
 
 
 class Trainer:
@@ -78,7 +79,8 @@ class Trainer:
         else:
             with CheckpointReader(start_from) as reader:
                 self._resume(model, reader)
-        self.observer = Observer(config, self.run, self.position.step, self.topology.is_main)
+        peak = _peak_flops_per_second(config, self.topology)
+        self.observer = Observer(config, self.run, self.position.step, self.topology.is_main, peak)
         on_main_rank(self.observer.open)
         self._announce(start_from, changed)
 
@@ -277,3 +279,11 @@ def _described(split: SplitSummary) -> str:
     if split.counts is None:
         return "training tokens are streamed"
     return f"{split.counts.tokens:,} training tokens in {split.counts.documents:,} documents"
+
+
+def _peak_flops_per_second(config: Config, topology: Topology) -> float | None:
+    """Of all devices together, in bfloat16 products; None where the run computes otherwise or the device is unknown."""
+    if config.train.precision != "bfloat16" or topology.device.type != "cuda":
+        return None
+    of_one = device_peak_flops_per_second(torch.cuda.get_device_name(topology.device))
+    return None if of_one is None else of_one * topology.world_size

@@ -16,7 +16,7 @@ from data.sources import Split, open_source
 from data.tokenizers import Tokenizer
 
 
-class _MemorySplit:
+class MemorySplit:
     """What a directory would hold of one split, shard behind shard."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class _MemorySplit:
 def prepare_in_memory(config: DataConfig, tokenizer: Tokenizer, options: Options) -> dict[Split, TokenizedDocuments]:
     """The documents that a directory prepared with these options would hold, of the only source of ``config``."""
     reader = ShardReader(open_source(config.source), config.held_out_fraction, options.deduplicate, options.shard_bytes)
-    splits = {split: _MemorySplit() for split in SPLITS}
+    splits = {split: MemorySplit() for split in SPLITS}
     for group in reader.groups():
         for split, part in encode_group(group, tokenizer).items():
             splits[split].add(part)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from rich.table import Table
 from kernels.compile import TARGETS, compile_launch, format_table, registered_launches
 from pretrain.bench.cells import Bounds, Entry, Problem, Suite
 from pretrain.bench.contestants import Contestant, PeerMissing
-from pretrain.bench.train import Measurement, machine
+from pretrain.bench.train import Measurement, machine, time_once
 from pretrain.errors import InputError
 
 Say = Callable[[str], None]
@@ -113,22 +112,11 @@ class Result:
         }
 
 
-def _time(contestant: Contestant) -> tuple[float, float]:
-    """Wall and processor time of one run; the device has finished before and after."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    contestant.prepare()
-    synchronise()
-    wall, processor = time.perf_counter(), time.process_time()
-    contestant.run()
-    synchronise()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def _ready(entry: Entry) -> Contestant | str:
     """Built and run once, or why it cannot be: a peer may lack what it needs in any way that it likes."""
     try:
         contestant = entry.build()
-        _time(contestant)
+        time_once(contestant)
     except PeerMissing as error:
         return str(error)
     except Exception as error:
@@ -152,11 +140,11 @@ def measure(problem: Problem, bounds: Bounds, rounds: int, clock: str) -> Result
     contestants = {index: contestant for index, contestant in enumerate(found) if isinstance(contestant, Contestant)}
     contestants |= {-2: bounds.product, -1: bounds.copy}
     times: dict[int, list[tuple[float, float]]] = {index: [] for index in contestants}
-    _time(bounds.product)
-    _time(bounds.copy)
+    time_once(bounds.product)
+    time_once(bounds.copy)
     for _ in range(rounds):
         for index, contestant in contestants.items():
-            times[index].append(_time(contestant))
+            times[index].append(time_once(contestant))
     rows = []
     for index, entry in enumerate(problem.entries):
         if index in contestants:

@@ -150,10 +150,13 @@ def count_flops(contestant: Contestant) -> int:
 
 
 def time_once(contestant: Contestant) -> tuple[float, float]:
-    """Seconds of one run, and of the processor in all threads."""
+    """Wall and processor time of one run, the latter of all threads; a GPU has finished before and after."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     contestant.prepare()
+    synchronise()
     wall, processor = time.perf_counter(), time.process_time()
     contestant.run()
+    synchronise()
     return time.perf_counter() - wall, time.process_time() - processor
 
 

@@ -2,8 +2,9 @@
 
 A line holds ``step`` (optimizer steps done), ``loss`` (nats per token), ``grad_norm`` (global, before
 clipping), ``learning_rate``, ``tokens`` (trained on since step 0), ``tokens_per_second``, ``skipped``; where
-they are known ``tflops_per_second`` and ``model_flops_utilization`` (a fraction), and on the steps that were
-evaluated ``held_out_loss`` (nats per token) and ``held_out_bits_per_byte``.
+they are known ``tflops_per_second`` and ``model_flops_utilization`` (useful work as a fraction of what the devices
+could do in bfloat16, on devices whose peak rate is known), and on the steps that were evaluated ``held_out_loss``
+(nats per token) and ``held_out_bits_per_byte``.
 
 JSON has no NaN and no infinity: such a value is written as ``null``, and where it is the loss or the gradient
 norm, ``skipped`` is true, because a step without a finite gradient changes no weight.

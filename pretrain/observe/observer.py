@@ -21,10 +21,23 @@ class Observer:
 
     The clock runs only between :meth:`start_step` and :meth:`finish_step`, so evaluations and checkpoints do
     not lower the tokens per second of the step after them.
+
+    Args:
+        start_step: steps done before.
+        is_main: whether this is rank 0.
+        peak_flops_per_second: what all devices together could do at most; None where that is not known.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, start_step: int, is_main: bool):
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        start_step: int,
+        is_main: bool,
+        peak_flops_per_second: float | None = None,
+    ):
         self.config, self.run, self.first_step, self.is_main = config, run, start_step, is_main
+        self.peak_flops_per_second = peak_flops_per_second
         self._flops_per_token: dict[int, float] = {}
         self.pending: dict[str, object] = {}
         self._began = 0.0
@@ -88,6 +101,7 @@ class Observer:
         if not self.is_main:
             return
         rate = tokens / max(time.perf_counter() - self._began, 1e-9)
+        achieved, peak = rate * self._model_flops(sequence_length, further), self.peak_flops_per_second
         self.pending = {
             "step": step,
             "loss": loss.nats_per_token,
@@ -96,7 +110,8 @@ class Observer:
             "learning_rate": learning_rate,
             "tokens": total_tokens,
             "tokens_per_second": rate,
-            "tflops_per_second": rate * self._model_flops(sequence_length, further) / 1e12,
+            "tflops_per_second": achieved / 1e12,
+            **({} if peak is None else {"model_flops_utilization": achieved / peak}),
             "skipped": not result.applied,
             **further,
         }

@@ -34,6 +34,19 @@ GPUS: dict[str, GPU] = {
 }
 ALIASES = {"a100": "a100-80gb"}
 
+# Parts of the names that drivers give, the more special first, and the peak rate of each: cards of one name are not
+# equally fast in every form.
+DEVICES = {
+    "a100": 312e12,
+    "h100 pcie": 756e12,
+    "h100 nvl": 835e12,
+    "h100": 989.4e12,
+    "gh200": 989.4e12,
+    "h200": 989.4e12,
+    "b200": 2250e12,
+    "mi300x": 1307.4e12,
+}
+
 
 @dataclass(frozen=True)
 class GPUFit:
@@ -55,6 +68,12 @@ class GPUFit:
     fits: bool
     peak_flops_per_second: float
     tokens_per_second_at_peak: float
+
+
+def device_peak_flops_per_second(device_name: str) -> float | None:
+    """Peak rate of dense bfloat16 products of the device that a driver names so; None where it is not known."""
+    name = device_name.lower()
+    return next((peak for part, peak in DEVICES.items() if part in name), None)
 
 
 def fit(name: str, bytes_per_rank: int, flops_per_token: float, world_size: int) -> GPUFit:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataConfig, HuggingFaceTokenizer, SentencePieceTokenizer
+from data.config import ONLY_SOURCE, DataConfig, HuggingFaceTokenizer, SentencePieceTokenizer
 from data.errors import DataError
 from data.splitting import held_out
-from data.text_sample import ONLY_SOURCE, sample_text
+from data.text_sample import sample_text
 from data.tokenizers import Tokenizer, open_tokenizer
 from data.tokenizers.comparison import measure_tokenizer
 from data.tokenizers.training import LINE_CHARACTERS, train_byte_level_bpe, train_sentencepiece_bpe

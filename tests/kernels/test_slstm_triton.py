@@ -129,5 +129,8 @@ def test_launches_cover_both_kernels_of_both_passes() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 512])
 def test_published_heads_in_bf16_on_a_gpu(size: int) -> None:
-    # Hidden states, weights and gradients are rounded to 8 bits where they feed back.
-    compare((3, 64, 2, size), "random", dtype=torch.bfloat16, gate_scale=1.0, tolerance=8e-2)
+    # Hidden states, weights and gradients are rounded to 8 bits where they feed back. The final cell, normalizer and
+    # stabilizer give no gradients here: all are measured from a maximum, and rounding decides which of two nearly equal
+    # tokens it came from, to which that gradient goes whole.
+    upstream = (1, 1, 0, 0, 0)
+    compare((3, 64, 2, size), "random", dtype=torch.bfloat16, gate_scale=1.0, tolerance=8e-2, upstream=upstream)

@@ -40,9 +40,8 @@ def run(inputs: dict[str, Tensor | None], starts: Tensor | None, **options: obje
     positional = [given_leaves.pop(name) for name in NAMES[:5]]
     results = ssd(*positional, **given_leaves, document_starts=starts, **options)
     generator = torch.Generator().manual_seed(99)
-    cotangents = [
-        torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype) for result in results
-    ]
+    # Drawn on the CPU in float64, so that every device and dtype gets the same.
+    cotangents = [torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result) for result in results]
     wanted = [leaf for leaf in leaves.values() if leaf is not None]
     return [*(result.detach() for result in results), *torch.autograd.grad(results, wanted, cotangents)]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from data.batch import Batch
 from pretrain.errors import InputError
+from pretrain.models.hierarchy.chunking import find_chunks
 from pretrain.models.hierarchy.hat.model import HAT
 from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift
-from pretrain.models.hierarchy.hnet.chunking import find_chunks
 from pretrain.models.mixer import Documents
 from tests.models.hat_models import random_hat, random_words
 from tests.models.test_hnet import first_only

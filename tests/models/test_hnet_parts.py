@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.models.hierarchy.hnet.chunking import find_chunks
+from pretrain.models.hierarchy.chunking import find_chunks
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.ratio_loss import ratio_loss
 from pretrain.models.hierarchy.hnet.routing import Boundaries, Router, choose, straight_through

@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
+from pretrain.observe.metrics import read_metrics
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
-from pretrain.plan import model_flops_per_token
+from pretrain.parallel.engine import StepResult
+from pretrain.parallel.schedule import BatchLoss
+from pretrain.plan import device_peak_flops_per_second, model_flops_per_token
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
 
 
-def observer(family: str, directory: Path) -> Observer:
+def observer(family: str, directory: Path, peak: float | None = None) -> Observer:
     config = load_config(RUNS / f"{family}_tiny.yaml", ["parallel.data=1"])
-    return Observer(config, RunDirectory(directory), 0, is_main=True)
+    return Observer(config, RunDirectory(directory), 0, True, peak)
 
 
 def test_shorter_rows_take_less_work_where_there_is_attention(tmp_path: Path) -> None:
@@ -34,3 +37,31 @@ def test_chunks_that_were_chosen_count(tmp_path: Path) -> None:
     assert expected == pytest.approx(model_flops_per_token(watching.config))
     assert watching._model_flops(length, {"bytes_per_chunk_0": 2 * target}) < expected
     assert watching._model_flops(length, {"bytes_per_chunk_0": 1.0}) > expected
+
+
+@pytest.mark.parametrize("peak", [None, 1e12])
+def test_utilization_is_useful_work_over_what_the_devices_could_do(peak: float | None, tmp_path: Path) -> None:
+    watching = observer("xlstm", tmp_path, peak)
+    watching.open()
+    watching.start_step()
+    loss = BatchLoss(nats=20.0, labels=10, bytes=10)
+    watching.finish_step(1, loss, StepResult(1.0, applied=True), 1e-3, 64, 64, watching.config.data.sequence_length, {})
+    watching.sync()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    if peak is None:
+        assert "model_flops_utilization" not in record
+    else:
+        assert record["model_flops_utilization"] == pytest.approx(record["tflops_per_second"] * 1e12 / peak)
+
+
+def test_devices_are_known_by_the_names_that_drivers_give() -> None:
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989.4e12,
+        "NVIDIA B200": 2250e12,
+        "AMD Instinct MI300X": 1307.4e12,
+        "NVIDIA GeForce RTX 4090": None,
+    }
+    assert {name: device_peak_flops_per_second(name) for name in names} == names

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import Config
-from pretrain.models.hierarchy.hnet.chunking import find_chunks
+from pretrain.models.hierarchy.chunking import find_chunks
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.routing import choose, straight_through
 from pretrain.models.hierarchy.hnet.stage import HNetStage

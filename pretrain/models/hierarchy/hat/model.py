@@ -12,9 +12,9 @@ from data.batch import Batch
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
+from pretrain.models.hierarchy.blocks import BlockStack
+from pretrain.models.hierarchy.chunking import find_chunks
 from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift
-from pretrain.models.hierarchy.hnet.chunking import find_chunks
-from pretrain.models.hierarchy.hnet.stage import BlockStack
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
 
 
@@ -30,7 +30,7 @@ class HAT(Decoder):
     The embedding, the last norm and the head are those of :class:`Decoder` at the bytes' width. A word's vector
     reaches only the bytes of later words, so a byte is predicted from bytes before it alone. Packed documents are
     documents alone. The words of all sequences of a micro-batch stand in one row, without padding; see
-    :class:`pretrain.models.hierarchy.hnet.chunking.Chunks`.
+    :class:`pretrain.models.hierarchy.chunking.Chunks`.
     """
 
     def __init__(self, model: ModelConfig, megatron: TransformerConfig):

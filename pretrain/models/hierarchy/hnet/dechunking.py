@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.affine_scan import affine_scan
-from pretrain.models.hierarchy.hnet.chunking import Chunks
+from pretrain.models.hierarchy.chunking import Chunks
 
 
 def dechunk(vectors: Tensor, probability: Tensor, chunks: Chunks, carried: Tensor | None) -> tuple[Tensor, Tensor]:

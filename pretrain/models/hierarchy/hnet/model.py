@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data.packing import Batch
 from pretrain.config.schema import ModelConfig
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
-from pretrain.models.hierarchy.hnet.chunking import Chunks, find_chunks
+from pretrain.models.hierarchy.chunking import Chunks, find_chunks
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.ratio_loss import RatioLoss
 from pretrain.models.hierarchy.hnet.stage import HNetStage
@@ -34,7 +34,7 @@ class HNet(Decoder):
     Boundaries restart with each document, as every state does: packed documents are documents alone.
 
     In training the chunks of all sequences of a micro-batch stand in one row, without padding; see
-    :class:`pretrain.models.hierarchy.hnet.chunking.Chunks`. Where states are kept, for generation, sequences that
+    :class:`pretrain.models.hierarchy.chunking.Chunks`. Where states are kept, for generation, sequences that
     have equally many chunks in a call go through the inner network together.
     """
 

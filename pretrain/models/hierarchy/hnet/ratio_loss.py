@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from pretrain.models.carried import with_auxiliary_loss
 from pretrain.models.hierarchy.hnet.routing import Boundaries
 
 
@@ -93,7 +94,7 @@ class RatioLoss:
         # Or the graph of this forward pass would live until the next.
         self._recorded = {}
         self._keep_figures(counts, [value.detach().double() for value in sums])
-        return loss + (added - added.detach())
+        return with_auxiliary_loss(loss, added)
 
     def take_metrics(self) -> dict[str, float]:
         """This rank's share of the figures of the last global batch; empty before the first one."""
