@@ -54,7 +54,7 @@ def tiny_config(directory: str = "unused", **sections: dict[str, Any]) -> Config
         # A first Adam step is the sign of each gradient; a larger epsilon keeps rounding of gradients that are
         # nearly zero from flipping it, so that layouts can be compared closely.
         "optimizer": {"learning_rate": 3e-3, "epsilon": 1e-5, "gradient_clip": 0.3},
-        "train": {"steps": 5, "global_batch_size": 16, "micro_batch_size": 2, "device": "cpu"},
+        "train": {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "device": "cpu"},
     }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}

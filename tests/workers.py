@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, requests: Connection) ->
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_one_device()
     store = dist.FileStore(rendezvous, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while (request := requests.recv()) is not None:
@@ -38,8 +40,29 @@ def _serve(rank: int, world_size: int, rendezvous: str, requests: Connection) ->
     dist.destroy_process_group()
 
 
+def _share_one_device() -> None:
+    """One thread that watches the connections of all of a process's groups, instead of one for each group.
+
+    Each such thread looks a hundred times a second, and Megatron-core makes dozens of groups.
+    """
+    from torch.distributed import distributed_c10d
+
+    device = distributed_c10d.ProcessGroupGloo.create_default_device()
+
+    class GlooOnOneDevice(distributed_c10d.ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            options = distributed_c10d.ProcessGroupGloo._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = GlooOnOneDevice
+
+
 class WorkerPool:
-    """``world_size`` processes; :meth:`run` calls one function on all of them."""
+    """``world_size`` processes; :meth:`run` calls one function on all of them.
+
+    Between calls the processes are stopped: gloo's threads look for messages all the time, also when nobody sends any.
+    """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
@@ -61,6 +84,7 @@ class WorkerPool:
         Raises:
             WorkerError: with the traceback of the ranks that failed.
         """
+        self._signal(signal.SIGCONT)
         for connection in self.connections:
             connection.send((module, function, arguments))
         answers, failures = [], []
@@ -79,7 +103,13 @@ class WorkerPool:
         if failures:
             self.close(kill=True)
             raise WorkerError("\n".join(failures))
+        self._signal(signal.SIGSTOP)
         return answers
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     @property
     def is_alive(self) -> bool:
@@ -87,6 +117,7 @@ class WorkerPool:
 
     def close(self, kill: bool = False) -> None:
         """Ends the processes."""
+        self._signal(signal.SIGCONT)
         for connection, process in zip(self.connections, self.processes, strict=True):
             if kill:
                 process.kill()

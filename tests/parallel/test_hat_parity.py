@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.test_parity import LAYOUTS, assert_same_run
 
 PROGRAMS = "tests.parallel.hat_programs"
-STEPS = 4
+STEPS = 3
 
 # (layout, train section); the reference is one process that has the whole batch at once.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def at_once(worker_pools) -> list[dict[str, Any]]:
-    overrides = {"train": {"micro_batch_size": 16}}
+    overrides = {"train": {"micro_batch_size": 8}}
     return worker_pools(1).run(PROGRAMS, "hat_steps", overrides=overrides, steps=STEPS)
 
 

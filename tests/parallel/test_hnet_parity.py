@@ -9,20 +9,20 @@ import pytest
 from tests.parallel.test_parity import LAYOUTS, assert_same_run
 
 PROGRAMS = "tests.parallel.hnet_programs"
-STEPS = 4
+STEPS = 3
 
 # (layout, train section); the reference is one process that has the whole batch at once.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "micro_batches_of_one": ("zero1", {"micro_batch_size": 1}),
     "micro_batches_recomputed": ("zero1", {"micro_batch_size": 4, "recompute": "block"}),
-    "tensor2": ("tensor2", {"micro_batch_size": 16}),
+    "tensor2": ("tensor2", {"micro_batch_size": 8}),
     "tensor2_zero1": ("tensor2_zero1", {"micro_batch_size": 4}),
     "data2_zero0": ("data2_zero0", {"micro_batch_size": 2}),
-    "data2_zero1_at_once": ("data2_zero1", {"micro_batch_size": 8}),
+    "data2_zero1_at_once": ("data2_zero1", {"micro_batch_size": 4}),
     "data2_zero1": ("data2_zero1", {"micro_batch_size": 2}),
     "data2_zero2": ("data2_zero2", {"micro_batch_size": 2}),
     "data2_zero3": ("data2_zero3", {"micro_batch_size": 2}),
-    "data2_zero3_at_once": ("data2_zero3", {"micro_batch_size": 8}),
+    "data2_zero3_at_once": ("data2_zero3", {"micro_batch_size": 4}),
 }
 
 
@@ -32,7 +32,7 @@ def at_once(worker_pools):
 
     def run(stages: int) -> list[dict[str, Any]]:
         if stages not in cache:
-            overrides = {"train": {"micro_batch_size": 16}}
+            overrides = {"train": {"micro_batch_size": 8}}
             cache[stages] = worker_pools(1).run(PROGRAMS, "hnet_steps", stages=stages, overrides=overrides, steps=STEPS)
         return cache[stages]
 

@@ -11,7 +11,7 @@ from tests.configurations import every_mixer_model
 from tests.parallel.programs import assemble
 
 PROGRAMS = "tests.parallel.programs"
-STEPS = 5
+STEPS = 3
 
 # (processes, parallel section)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -95,7 +95,7 @@ def test_same_as_one_process(layout, recompute, worker_pools, one_process):
     processes, parallel = LAYOUTS[layout]
     overrides = {"parallel": parallel, "train": {"recompute": recompute}}
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
-    # float32: sums in another order differ by about 1e-6 after five steps; a missing all-reduce by 1e-3.
+    # float32: sums in another order differ by about 1e-6 after some steps; a missing all-reduce by 1e-3.
     assert_same_run(results, one_process(), relative=1e-5, weights=5e-5)
 
 
