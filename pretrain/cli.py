@@ -254,6 +254,27 @@ def bench_data(
     print_bench_data(tokens, rounds, as_json)
 
 
+@bench_app.command("equal-compute")
+def bench_equal_compute(
+    configs: Annotated[
+        list[str], typer.Argument(help="YAML files of runs; dotted overrides hold for all", metavar="CONFIG...")
+    ],
+    flops: Annotated[float, typer.Option(min=1, help="useful work of each, forward and backward")] = 6e11,
+    directory: Annotated[Path, typer.Option(help="where the runs are kept, and gone on with")] = Path(
+        "runs/equal_compute"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Train several configurations for the same useful FLOPs, and compare their held-out bits per byte."""
+    from pretrain.bench.equal_compute import print_equal_compute
+
+    files = [Path(name) for name in configs if "=" not in name]
+    if not files:
+        raise InputError("no configuration is named; give one or more YAML files of runs")
+    print_equal_compute(files, [text for text in configs if "=" in text], flops, directory, samples, as_json)
+
+
 def _say(text: str) -> None:
     """An error, once however many processes meet it."""
     if os.environ.get("RANK", "0") == "0":
