@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,10 @@ from data.tokenizers.byte_level import ByteTokenizer
 # Long documents are split block by block, since each word is an object of its own. A line feed ends a word, and a
 # word starts behind it, so a cut there changes none.
 BLOCK_CHARACTERS = 1 << 20
+
+# Of UTF-8 (RFC 3629): two first bytes allow fewer second ones than the others do.
+_HIGHEST_SECOND_BYTE = {0xED: 0x9F, 0xF4: 0x8F}
+_HIGHEST_BYTE = 0xBF
 
 # How Python's surrogateescape shows bytes that are not valid UTF-8.
 _INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
@@ -48,11 +53,25 @@ class HierarchicalByteTokenizer(ByteTokenizer):
         """uint16 ids: each byte, plus ``word_start_flag`` where it starts a word."""
         return [self._encode(document) for document in documents]
 
+    def word_starts(self, text: bytes) -> np.ndarray:
+        completed = text + _rest_of_character(text)
+        starts = np.zeros(len(completed), dtype=bool)
+        starts[self._starts(completed)] = True
+        return starts[: len(text)]
+
+    def settled_bytes(self, text: bytes) -> int:
+        # See BLOCK_CHARACTERS.
+        return text.rfind(b"\n") + 1
+
     def _encode(self, document: bytes) -> np.ndarray:
         ids = np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
-        lengths = np.array(self._word_lengths(document), dtype=np.int64)
-        ids[np.cumsum(lengths) - lengths] += WORD_START_FLAG
+        ids[self._starts(document)] += WORD_START_FLAG
         return ids
+
+    def _starts(self, document: bytes) -> np.ndarray:
+        """Where words start, in order, ``(words,)`` int64."""
+        lengths = np.array(self._word_lengths(document), dtype=np.int64)
+        return np.cumsum(lengths) - lengths
 
     def _word_lengths(self, document: bytes) -> list[int]:
         """The bytes of each word, in order."""
@@ -77,6 +96,25 @@ class HierarchicalByteTokenizer(ByteTokenizer):
     def fingerprint(self) -> str:
         # The version, because each comes with its own tables of Unicode.
         return f"hierarchical-bytes-words-{self.maximum_word_bytes}-hat-splitter-{_splitter_version()}"
+
+
+def _rest_of_character(text: bytes) -> bytes:
+    """The highest bytes that complete a character which ``text`` ends within; none where it ends within none.
+
+    Which character it will be is not known yet. One that begins with the same byte is more often cut as it will be
+    than bytes that are not valid UTF-8 are: the first byte says much about the script.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # A character has four bytes at most.
+    decoder.decode(text[-4:])
+    begun, _ = decoder.getstate()
+    if not begun:
+        return b""
+    length = 2 + (begun[0] >= 0xE0) + (begun[0] >= 0xF0)
+    rest = bytearray([_HIGHEST_BYTE] * (length - len(begun)))
+    if len(begun) == 1:
+        rest[0] = _HIGHEST_SECOND_BYTE.get(begun[0], _HIGHEST_BYTE)
+    return bytes(rest)
 
 
 def _splitter_version() -> str:
