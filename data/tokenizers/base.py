@@ -74,7 +74,7 @@ class Tokenizer(ABC):
             f"{type(self).__name__} does not cut text into words; use data.tokenizer.type=hierarchical_bytes."
         )
 
-    def settled_bytes(self, text: bytes) -> int:
+    def settled_bytes(self, text: bytes | bytearray) -> int:
         """So many bytes at the beginning of a text so far start the words that they start, whatever follows.
 
         The rest is cut as if it were a text of its own.

@@ -59,7 +59,7 @@ class HierarchicalByteTokenizer(ByteTokenizer):
         starts[self._starts(completed)] = True
         return starts[: len(text)]
 
-    def settled_bytes(self, text: bytes) -> int:
+    def settled_bytes(self, text: bytes | bytearray) -> int:
         # See BLOCK_CHARACTERS.
         return text.rfind(b"\n") + 1
 
