@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import importlib.metadata
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from data.errors import DataError
 from data.tokenizers.base import WORD_START_FLAG
 from data.tokenizers.byte_level import ByteTokenizer
-
-# Long documents are split block by block, since each word is an object of its own. A line feed ends a word, and a
-# word starts behind it, so a cut there changes none.
-BLOCK_CHARACTERS = 1 << 20
-
-# Of UTF-8 (RFC 3629): two first bytes allow fewer second ones than the others do.
-_HIGHEST_SECOND_BYTE = {0xED: 0x9F, 0xF4: 0x8F}
-_HIGHEST_BYTE = 0xBF
-
-# How Python's surrogateescape shows bytes that are not valid UTF-8.
-_INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+from data.tokenizers.word_splitting import LostTextError, rest_of_character, word_lengths
 
 
 class HierarchicalByteTokenizer(ByteTokenizer):
@@ -54,13 +42,13 @@ class HierarchicalByteTokenizer(ByteTokenizer):
         return [self._encode(document) for document in documents]
 
     def word_starts(self, text: bytes) -> np.ndarray:
-        completed = text + _rest_of_character(text)
+        completed = text + rest_of_character(text)
         starts = np.zeros(len(completed), dtype=bool)
         starts[self._starts(completed)] = True
         return starts[: len(text)]
 
     def settled_bytes(self, text: bytes | bytearray) -> int:
-        # See BLOCK_CHARACTERS.
+        # A line feed ends a word, and a word starts behind it.
         return text.rfind(b"\n") + 1
 
     def _encode(self, document: bytes) -> np.ndarray:
@@ -70,62 +58,20 @@ class HierarchicalByteTokenizer(ByteTokenizer):
 
     def _starts(self, document: bytes) -> np.ndarray:
         """Where words start, in order, ``(words,)`` int64."""
-        lengths = np.array(self._word_lengths(document), dtype=np.int64)
+        try:
+            found = word_lengths(document, self._splitter, self.maximum_word_bytes)
+        except LostTextError as error:
+            raise DataError(
+                f"hat-splitter {_splitter_version()} {error}; install a version that does, or use"
+                " data.tokenizer.type=bytes."
+            ) from error
+        lengths = np.array(found, dtype=np.int64)
         return np.cumsum(lengths) - lengths
-
-    def _word_lengths(self, document: bytes) -> list[int]:
-        """The bytes of each word, in order."""
-        lengths: list[int] = []
-        text = document.decode("utf-8", errors="surrogateescape")
-        # Every second part is what the expression matches.
-        for number, part in enumerate(_INVALID_BYTES.split(text)):
-            if number % 2:
-                whole, rest = divmod(len(part), self.maximum_word_bytes)
-                lengths += [self.maximum_word_bytes] * whole + [rest] * (rest > 0)
-                continue
-            for block in _blocks(part):
-                words = self._splitter.split_with_limit(block, self.maximum_word_bytes)
-                if b"".join(words) != block.encode():
-                    raise DataError(
-                        f"hat-splitter {_splitter_version()} does not keep every byte of {block[:40]!r}...; install"
-                        " a version that does, or use data.tokenizer.type=bytes."
-                    )
-                lengths.extend(map(len, words))
-        return lengths
 
     def fingerprint(self) -> str:
         # The version, because each comes with its own tables of Unicode.
         return f"hierarchical-bytes-words-{self.maximum_word_bytes}-hat-splitter-{_splitter_version()}"
 
 
-def _rest_of_character(text: bytes) -> bytes:
-    """The highest bytes that complete a character which ``text`` ends within; none where it ends within none.
-
-    Which character it will be is not known yet. One that begins with the same byte is more often cut as it will be
-    than bytes that are not valid UTF-8 are: the first byte says much about the script.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    # A character has four bytes at most.
-    decoder.decode(text[-4:])
-    begun, _ = decoder.getstate()
-    if not begun:
-        return b""
-    length = 2 + (begun[0] >= 0xE0) + (begun[0] >= 0xF0)
-    rest = bytearray([_HIGHEST_BYTE] * (length - len(begun)))
-    if len(begun) == 1:
-        rest[0] = _HIGHEST_SECOND_BYTE.get(begun[0], _HIGHEST_BYTE)
-    return bytes(rest)
-
-
 def _splitter_version() -> str:
     return importlib.metadata.version("hat-splitter")
-
-
-def _blocks(text: str) -> Iterator[str]:
-    """``text`` in parts of about ``BLOCK_CHARACTERS``, each but the last ending with a line feed."""
-    start = 0
-    while start < len(text):
-        found = text.find("\n", start + BLOCK_CHARACTERS - 1)
-        end = len(text) if found < 0 else found + 1
-        yield text[start:end]
-        start = end

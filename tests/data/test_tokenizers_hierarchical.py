@@ -16,7 +16,7 @@ from data.baseline import bigram_bits_per_byte
 from data.config import BytesTokenizer, DataConfig, HierarchicalBytesTokenizer
 from data.dataset import open_data
 from data.errors import DataError
-from data.tokenizers import Tokenizer, hierarchical_bytes, open_tokenizer
+from data.tokenizers import Tokenizer, hierarchical_bytes, open_tokenizer, word_splitting
 from data.tokenizers.base import split_word_starts
 from tests.data.conftest import HOSTILE_DOCUMENTS
 
@@ -91,7 +91,7 @@ def test_bytes_that_are_not_utf8_are_words_of_their_own() -> None:
 def test_long_documents_are_split_as_short_ones(text: str, block: int) -> None:
     whole = opened().encode(text).tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hierarchical_bytes, "BLOCK_CHARACTERS", block)
+        patch.setattr(word_splitting, "BLOCK_CHARACTERS", block)
         assert opened().encode(text).tolist() == whole
 
 
