@@ -2,8 +2,8 @@
 
 The code is that of ``pretrain/convert/remote`` and of the ``modeling.py`` of the mixers that the model has, each a
 file in the exported directory: ``pretrain/models/NAME/modeling.py`` becomes ``mixer_NAME.py``. A model that reads
-words also brings ``data/tokenizers/word_splitting.py``. Imports between them
-are rewritten to fit, and ``mixers.py`` is written to name just those.
+words also brings ``data/tokenizers/word_splitting.py``. Imports between them are rewritten to fit, and ``mixers.py`` is
+written to name just those.
 """
 
 from __future__ import annotations
