@@ -122,7 +122,10 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest tokens of this mass")] = 0.95,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     show_chunks: Annotated[
-        bool, typer.Option("--show-chunks", help="of a hierarchy: | where a chunk begins, || where one of stage 1 does")
+        bool,
+        typer.Option(
+            "--show-chunks", help="of a hierarchy: | where a chunk or word begins, || where one of stage 1 does"
+        ),
     ] = False,
 ) -> None:
     """Sample text from a run or checkpoint."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,9 @@ from data.tokenizers import Tokenizer, open_tokenizer
 from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
 from pretrain.models.loading import load_decoder
-from pretrain.models.mixer import State
-from pretrain.models.states import join_rows, select_rows
+from pretrain.reading import Reading
 from pretrain.show_chunks import mark_chunks
-
-# Logits are made for a whole segment of a prompt; this bounds their memory for long ones.
-PROMPT_SEGMENT = 4096
+from pretrain.word_reading import WordReading
 
 
 def generate_text(
@@ -75,7 +71,8 @@ def generate(
 
     Every token costs the same, however long the text, but for layers whose state grows with it (attention). Prompts
     are read in groups of equal length, so that nothing but their own tokens enters a state; all are then continued
-    together.
+    together. Where a model reads words, they are those of the text so far: a byte that changes how the end of its text
+    is cut makes the model read that end again.
 
     Args:
         model: whole in this process.
@@ -98,18 +95,21 @@ def generate(
     encoded = [[tokenizer.boundary_id, *tokenizer.model_ids(tokenizer.encode(prompt)).tolist()] for prompt in prompts]
     added: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens > 0 and prompts:
-        rows, logits, states = _read_prompts(model, encoded)
+        if model.model.reads_word_starts:
+            reading: Reading = WordReading(model, encoded, tokenizer)
+        else:
+            reading = Reading(model, encoded)
         generators = [_generator(seed, row) for row in range(len(prompts))]
         while True:
             drawn = _draw(
-                logits[:, : tokenizer.vocab_size],
+                reading.logits[:, : tokenizer.vocab_size],
                 temperature,
                 top_k,
                 top_p,
-                [generators[row] for row in rows],
+                [generators[row] for row in reading.rows],
             )
             going_on = []
-            for position, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            for position, (row, token) in enumerate(zip(reading.rows, drawn.tolist(), strict=True)):
                 if token == tokenizer.boundary_id:
                     continue
                 added[row].append(token)
@@ -117,11 +117,7 @@ def generate(
                     going_on.append(position)
             if not going_on:
                 break
-            if len(going_on) < len(rows):
-                states = select_rows(states, going_on)
-            rows = [rows[position] for position in going_on]
-            logits, states = model.logits(drawn[going_on].unsqueeze(1), states)
-            logits = logits[:, -1]
+            reading.read(going_on, drawn[going_on])
     # A tokenizer may drop the space that it puts before a text, so a continuation is not decoded by itself.
     return [
         tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
@@ -150,24 +146,6 @@ def _check_options(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {model.model.vocab_size}; use the "
             f"tokenizer that the model was trained with"
         )
-
-
-def _read_prompts(model: Decoder, encoded: list[list[int]]) -> tuple[list[int], Tensor, dict[str, State]]:
-    """The prompts' numbers in the order of the batch, the logits after each, and the states."""
-    device = next(model.parameters()).device
-    by_length = defaultdict(list)
-    for row, tokens in enumerate(encoded):
-        by_length[len(tokens)].append(row)
-    order, all_logits, all_states = [], [], []
-    for rows in by_length.values():
-        tokens = torch.tensor([encoded[row] for row in rows], dtype=torch.int64, device=device)
-        states = None
-        for segment in tokens.split(PROMPT_SEGMENT, dim=1):
-            logits, states = model.logits(segment, states)
-        order += rows
-        all_logits.append(logits[:, -1])
-        all_states.append(states)
-    return order, torch.cat(all_logits), join_rows(all_states)
 
 
 def _generator(seed: int, row: int) -> Generator:

@@ -1,4 +1,4 @@
-"""Text with the boundaries that a hierarchy chose in it."""
+"""Text with the boundaries that a hierarchy chose in it, or was given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MARK = "|"
 def mark_chunks(model: Decoder, tokenizer: Tokenizer, texts: Sequence[bytes]) -> list[str]:
     """Each text, read as the beginning of a document, with ``|`` where a chunk begins.
 
-    At a byte where chunks of several stages begin there are as many marks. Bytes that are no whole UTF-8 character
+    At a byte where chunks of several stages begin there are as many marks. Where a model reads words, chunks are the
+    tokenizer's words. Bytes that are no whole UTF-8 character
     between two marks are written as ``\\xNN``.
 
     Args:
@@ -33,10 +34,14 @@ def mark_chunks(model: Decoder, tokenizer: Tokenizer, texts: Sequence[bytes]) ->
     device = next(model.parameters()).device
     marked = []
     for text in texts:
-        tokens = torch.tensor([[tokenizer.boundary_id, *tokenizer.encode(text).tolist()]], device=device)
-        # The boundary mark is not shown; a text's first byte may belong to its chunk.
-        begins = torch.stack(model.chunk_starts(tokens))[:, 0, 1:].sum(0)
-        marked.append(_marked(tokens[0, 1:], begins, tokenizer))
+        tokens = torch.from_numpy(tokenizer.model_ids(tokenizer.encode(text)).astype("int64"))
+        if model.model.reads_word_starts:
+            begins = torch.from_numpy(tokenizer.word_starts(text))
+        else:
+            # The boundary mark is not shown; a text's first byte may belong to its chunk.
+            marked_tokens = torch.cat([torch.tensor([tokenizer.boundary_id]), tokens])[None].to(device)
+            begins = torch.stack(model.chunk_starts(marked_tokens))[:, 0, 1:].sum(0).cpu()
+        marked.append(_marked(tokens, begins, tokenizer))
     return marked
 
 

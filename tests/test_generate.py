@@ -10,7 +10,7 @@ import torch
 from data.config import HierarchicalBytesTokenizer
 from data.tokenizers import open_tokenizer
 from data.tokenizers.byte_level import ByteTokenizer
-from pretrain import generate as generate_module
+from pretrain import reading
 from pretrain.errors import InputError
 from pretrain.generate import generate, generate_text
 from pretrain.models.decoder import Decoder
@@ -70,7 +70,7 @@ def test_a_tokenizer_that_stores_words_gives_the_model_bytes(decoder: Decoder) -
 
 def test_long_prompts_are_read_in_segments(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(decoder, TOKENIZER, PROMPTS, 8, temperature=0)
-    monkeypatch.setattr(generate_module, "PROMPT_SEGMENT", 7)
+    monkeypatch.setattr(reading, "PROMPT_SEGMENT", 7)
     assert generate(decoder, TOKENIZER, PROMPTS, 8, temperature=0) == expected
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data.config import HierarchicalBytesTokenizer
+from data.tokenizers import open_tokenizer
 from data.tokenizers.byte_level import ByteTokenizer
 from pretrain.cli import app
 from pretrain.errors import InputError
@@ -15,6 +17,7 @@ from pretrain.generate import generate, generate_text
 from pretrain.show_chunks import mark_chunks
 from tests.configurations import tiny_config
 from tests.convert.checkpoints import model_section, random_decoder, write_run
+from tests.models.hat_models import WORDS, hat_model
 from tests.models.hnet_models import hnet_model
 
 TOKENIZER = ByteTokenizer()
@@ -67,6 +70,27 @@ def test_from_a_run(tmp_path: Path) -> None:
         app, ["generate", str(run), "--prompt", "state", "--max-new-tokens", "9", "--temperature", "0", "--show-chunks"]
     )
     assert result.exit_code == 0 and shown in result.output
+
+
+def test_words_are_shown_of_a_model_that_reads_words(tmp_path: Path) -> None:
+    pytest.importorskip("hat_splitter", reason="there is no wheel of hat-splitter for this machine")
+    run, decoder = write_run(tmp_path / "run", model=hat_model(), data=WORDS)
+    words = open_tokenizer(HierarchicalBytesTokenizer(type="hierarchical_bytes"))
+    texts = [b"It's fooBar, of 3.14", "na\u00efve\u2014\u4e16\u754c".encode()[:-1], b""]
+    expected = ["|It'|s| foo|Bar,| of| 3.|14", "|na\u00efve\u2014|\u4e16|\\xe7\\x95", ""]
+    assert mark_chunks(decoder, words, texts) == expected
+    (text,) = generate(decoder, words, [b"It's"], 9, temperature=0)
+    (shown,) = generate_text(run, ["It's"], 9, temperature=0, device="cpu", show_chunks=True)
+    assert shown == mark_chunks(decoder, words, [b"It's" + text])[0] and len(text) > 0
+    assert shown.startswith("|It'|s")
+
+
+def test_ids_that_say_where_words_start_are_those_of_bytes() -> None:
+    """A model that chooses its own chunks reads the model's ids, whatever the tokenizer stores."""
+    pytest.importorskip("hat_splitter", reason="there is no wheel of hat-splitter for this machine")
+    decoder = random_decoder(tiny_config(model=hnet_model(2)))
+    words = open_tokenizer(HierarchicalBytesTokenizer(type="hierarchical_bytes"))
+    assert mark_chunks(decoder, words, TEXTS) == mark_chunks(decoder, TOKENIZER, TEXTS)
 
 
 def test_a_model_without_chunks_is_refused(tmp_path: Path) -> None:

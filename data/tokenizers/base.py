@@ -62,6 +62,25 @@ class Tokenizer(ABC):
         content = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else text
         return self.encode_many([content])[0]
 
+    def word_starts(self, text: bytes) -> np.ndarray:
+        """Which bytes of a text so far start words, ``(bytes,)`` bool; the next byte may change what its end says.
+
+        A document's stored ids say the same, but where it ends within a character.
+
+        Raises:
+            DataError: this tokenizer does not cut text into words.
+        """
+        raise DataError(
+            f"{type(self).__name__} does not cut text into words; use data.tokenizer.type=hierarchical_bytes."
+        )
+
+    def settled_bytes(self, text: bytes | bytearray) -> int:
+        """So many bytes at the beginning of a text so far start the words that they start, whatever follows.
+
+        The rest is cut as if it were a text of its own.
+        """
+        return 0
+
     def model_ids(self, ids: np.ndarray) -> np.ndarray:
         """The ids that a model reads for stored ``ids``, of the same shape."""
         return ids if self.word_start_flag is None else split_word_starts(ids)[0]

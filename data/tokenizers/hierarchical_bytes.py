@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from data.errors import DataError
 from data.tokenizers.base import WORD_START_FLAG
 from data.tokenizers.byte_level import ByteTokenizer
-
-# Long documents are split block by block, since each word is an object of its own. A line feed ends a word, and a
-# word starts behind it, so a cut there changes none.
-BLOCK_CHARACTERS = 1 << 20
-
-# How Python's surrogateescape shows bytes that are not valid UTF-8.
-_INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+from data.tokenizers.word_splitting import LostTextError, rest_of_character, word_lengths
 
 
 class HierarchicalByteTokenizer(ByteTokenizer):
@@ -48,31 +41,32 @@ class HierarchicalByteTokenizer(ByteTokenizer):
         """uint16 ids: each byte, plus ``word_start_flag`` where it starts a word."""
         return [self._encode(document) for document in documents]
 
+    def word_starts(self, text: bytes) -> np.ndarray:
+        completed = text + rest_of_character(text)
+        starts = np.zeros(len(completed), dtype=bool)
+        starts[self._starts(completed)] = True
+        return starts[: len(text)]
+
+    def settled_bytes(self, text: bytes | bytearray) -> int:
+        # A line feed ends a word, and a word starts behind it.
+        return text.rfind(b"\n") + 1
+
     def _encode(self, document: bytes) -> np.ndarray:
         ids = np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
-        lengths = np.array(self._word_lengths(document), dtype=np.int64)
-        ids[np.cumsum(lengths) - lengths] += WORD_START_FLAG
+        ids[self._starts(document)] += WORD_START_FLAG
         return ids
 
-    def _word_lengths(self, document: bytes) -> list[int]:
-        """The bytes of each word, in order."""
-        lengths: list[int] = []
-        text = document.decode("utf-8", errors="surrogateescape")
-        # Every second part is what the expression matches.
-        for number, part in enumerate(_INVALID_BYTES.split(text)):
-            if number % 2:
-                whole, rest = divmod(len(part), self.maximum_word_bytes)
-                lengths += [self.maximum_word_bytes] * whole + [rest] * (rest > 0)
-                continue
-            for block in _blocks(part):
-                words = self._splitter.split_with_limit(block, self.maximum_word_bytes)
-                if b"".join(words) != block.encode():
-                    raise DataError(
-                        f"hat-splitter {_splitter_version()} does not keep every byte of {block[:40]!r}...; install"
-                        " a version that does, or use data.tokenizer.type=bytes."
-                    )
-                lengths.extend(map(len, words))
-        return lengths
+    def _starts(self, document: bytes) -> np.ndarray:
+        """Where words start, in order, ``(words,)`` int64."""
+        try:
+            found = word_lengths(document, self._splitter, self.maximum_word_bytes)
+        except LostTextError as error:
+            raise DataError(
+                f"hat-splitter {_splitter_version()} {error}; install a version that does, or use"
+                " data.tokenizer.type=bytes."
+            ) from error
+        lengths = np.array(found, dtype=np.int64)
+        return np.cumsum(lengths) - lengths
 
     def fingerprint(self) -> str:
         # The version, because each comes with its own tables of Unicode.
@@ -81,13 +75,3 @@ class HierarchicalByteTokenizer(ByteTokenizer):
 
 def _splitter_version() -> str:
     return importlib.metadata.version("hat-splitter")
-
-
-def _blocks(text: str) -> Iterator[str]:
-    """``text`` in parts of about ``BLOCK_CHARACTERS``, each but the last ending with a line feed."""
-    start = 0
-    while start < len(text):
-        found = text.find("\n", start + BLOCK_CHARACTERS - 1)
-        end = len(text) if found < 0 else found + 1
-        yield text[start:end]
-        start = end

@@ -106,6 +106,11 @@ class ModelConfig(StrictModel):
         """Width of the embedding and of the head."""
         return self.hidden_size if self.hierarchy is None else self.hierarchy.embedding_size
 
+    @property
+    def reads_word_starts(self) -> bool:
+        """Whether the model is told where words start."""
+        return self.hierarchy is not None and self.hierarchy.reads_word_starts
+
     @model_validator(mode="after")
     def _layers_agree_on_what_they_carry(self) -> ModelConfig:
         seen: dict[str, tuple[str, int]] = {}
@@ -309,7 +314,7 @@ def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
 
 def _words_problem(config: Config) -> str | None:
     hierarchy, tokenizer = config.model.hierarchy, config.data.tokenizer
-    if hierarchy is None or not hierarchy.reads_word_starts or isinstance(tokenizer, HierarchicalBytesTokenizer):
+    if not config.model.reads_word_starts or isinstance(tokenizer, HierarchicalBytesTokenizer):
         return None
     return (
         f"model.hierarchy.type={hierarchy.type} reads where words start, but data.tokenizer.type={tokenizer.type} "

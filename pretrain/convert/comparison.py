@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from data.tokenizers import Tokenizer
+from data.tokenizers.base import split_word_starts
 from pretrain.errors import CheckError
 from pretrain.models.decoder import Decoder
 
@@ -56,13 +58,14 @@ class Comparison:
 
 @torch.no_grad()
 def compare_with_transformers(
-    decoder: Decoder, vocab_size: int, directory: Path, tolerance: float = LOGIT_TOLERANCE
+    decoder: Decoder, tokenizer: Tokenizer, directory: Path, tolerance: float = LOGIT_TOLERANCE
 ) -> Comparison:
     """Loads the directory as a user would, and compares logits with ours, in float32 on the CPU.
 
     Args:
         decoder: our model, whole and on the CPU.
-        vocab_size: tokens are drawn below it.
+        tokenizer: the run's, of whose ids tokens are drawn. Where the model reads words, ours are the tokenizer's, and
+            those of the exported model are its own.
         directory: the exported files.
         tolerance: largest absolute difference of a logit that is accepted.
 
@@ -86,11 +89,16 @@ def compare_with_transformers(
         raise CheckError(f"transformers did not load every tensor as it was written: {problems}")
     exported.eval()
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(vocab_size, (2, length), generator=generator) for length in COMPARED_LENGTHS]
-    ours = [decoder.logits(tokens)[0] for tokens in batches]
+    batches = [torch.randint(tokenizer.vocab_size, (2, length), generator=generator) for length in COMPARED_LENGTHS]
+    if decoder.model.reads_word_starts:
+        # Random bytes are hardly ever characters: in every second sequence they are all ASCII.
+        for tokens in batches:
+            tokens[1] %= 128
+    words = [_word_starts(decoder, tokenizer, tokens) for tokens in batches]
+    ours = [decoder.logits(tokens, word_starts=starts)[0] for tokens, starts in zip(batches, words, strict=True)]
     theirs = [exported(input_ids=tokens).logits for tokens in batches]
     largest = _largest_difference(ours, theirs)
-    noise = None if largest <= tolerance else _rounding_noise(decoder, batches, ours)
+    noise = None if largest <= tolerance else _rounding_noise(decoder, batches, words, ours)
     return Comparison(largest, tolerance, COMPARED_LENGTHS, noise)
 
 
@@ -114,7 +122,27 @@ def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
     return torch.stack(differences).max().item()
 
 
-def _rounding_noise(decoder: Decoder, batches: list[Tensor], logits: list[Tensor]) -> float:
+def _word_starts(decoder: Decoder, tokenizer: Tokenizer, tokens: Tensor) -> Tensor | None:
+    """Where words start in ``(batch, sequence)`` tokens, each boundary mark a word; None for models that read none."""
+    if not decoder.model.reads_word_starts:
+        return None
+    starts = torch.ones_like(tokens, dtype=torch.bool)
+    for row, ids in enumerate(tokens.tolist()):
+        begin = 0
+        while begin < len(ids):
+            end = ids.index(tokenizer.boundary_id, begin) if tokenizer.boundary_id in ids[begin:] else len(ids)
+            text = bytes(ids[begin:end])
+            if end == len(ids):
+                # The sequence may go on, and end within a character.
+                found = tokenizer.word_starts(text)
+            else:
+                found = split_word_starts(tokenizer.encode(text))[1]
+            starts[row, begin:end] = torch.from_numpy(found)
+            begin = end + 1
+    return starts
+
+
+def _rounding_noise(decoder: Decoder, batches: list[Tensor], words: list[Tensor | None], logits: list[Tensor]) -> float:
     """How far logits move when every embedding changes by a random relative amount of about its last bit."""
     weight = decoder.embedding.weight
     original = weight.detach().clone()
@@ -123,7 +151,7 @@ def _rounding_noise(decoder: Decoder, batches: list[Tensor], logits: list[Tensor
     try:
         for _ in range(_PERTURBATIONS):
             weight.copy_(original * (1 + _LAST_BIT * torch.randn(original.shape, generator=generator)))
-            moved = [decoder.logits(tokens)[0] for tokens in batches]
+            moved = [decoder.logits(tokens, word_starts=own)[0] for tokens, own in zip(batches, words, strict=True)]
             largest = max(largest, _largest_difference(moved, logits))
     finally:
         weight.copy_(original)

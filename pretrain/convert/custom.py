@@ -1,8 +1,9 @@
 """A model in a form that brings its own code: ``trust_remote_code`` loads it where no native class can hold it.
 
 The code is that of ``pretrain/convert/remote`` and of the ``modeling.py`` of the mixers that the model has, each a
-file in the exported directory: ``pretrain/models/NAME/modeling.py`` becomes ``mixer_NAME.py``. Imports between them
-are rewritten to fit, and ``mixers.py`` is written to name just those.
+file in the exported directory: ``pretrain/models/NAME/modeling.py`` becomes ``mixer_NAME.py``. A model that reads
+words also brings ``data/tokenizers/word_splitting.py``. Imports between them are rewritten to fit, and ``mixers.py`` is
+written to name just those.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.config import HierarchicalBytesTokenizer, TokenizerConfig
 from pretrain.config.schema import ModelConfig
 from pretrain.convert import remote
 from pretrain.convert.native import PARTS, parts_of
@@ -29,9 +32,11 @@ CONFIGURATION, MODELING, MIXERS = "configuration_recurrent", "modeling_recurrent
 ARCHITECTURE = "RecurrentForCausalLM"
 PARTS_OF_STAGE = ("encoder", "decoder")
 # The file of each hierarchy's class, and the class; it builds on that of models without one.
-HIERARCHIES = {"hnet": ("modeling_hnet", "HNetForCausalLM")}
+HIERARCHIES = {"hnet": ("modeling_hnet", "HNetForCausalLM"), "hat": ("modeling_hat", "HATForCausalLM")}
+BLOCK_STACK, WORD_SPLITTING = "block_stack", "word_splitting"
 
 _IMPORT = re.compile(r"^from pretrain\.models((?:\.\w+)*)\.modeling import ", re.MULTILINE)
+_IMPORT_OF_WORDS = re.compile(rf"^from data\.tokenizers\.{WORD_SPLITTING} import ", re.MULTILINE)
 # Within a process transformers takes the model class that it first loaded for a configuration class, and that class
 # for the same if name of the directory and code of the configuration are.
 _DIGEST = """
@@ -39,7 +44,8 @@ _DIGEST = """
 CODE_DIGEST = "{}"
 """
 # What the copied files may import besides each other.
-_LIBRARIES = {"__future__", "collections", "dataclasses", "functools", "math", "torch", "transformers", "typing"}
+_LIBRARIES = {"__future__", "codecs", "collections", "dataclasses", "functools", "math", "re", "torch", "typing"}
+_LIBRARIES |= {"transformers", "hat_splitter"}
 
 
 def modeling_module(family: MixerFamily) -> str | None:
@@ -82,8 +88,10 @@ def _block_name(model: ModelConfig, name: str, hidden_size: int) -> str:
     return name if hidden_size == model.hidden_size else f"{name}_{hidden_size}"
 
 
-def _hierarchy(model: ModelConfig) -> dict[str, Any]:
-    """What the exported class needs to know of the stages."""
+def _hierarchy(model: ModelConfig, tokenizer: TokenizerConfig | None) -> dict[str, Any]:
+    """What the exported class needs to know of the stages, and of the words that it reads."""
+    if model.hierarchy.type == "hat":
+        return _hat(model, tokenizer)
     stages = []
     for stage in model.hierarchy.stages:
         size = stage.hidden_size
@@ -92,11 +100,35 @@ def _hierarchy(model: ModelConfig) -> dict[str, Any]:
     return {"type": model.hierarchy.type, "stages": stages}
 
 
+def _hat(model: ModelConfig, tokenizer: TokenizerConfig | None) -> dict[str, Any]:
+    if not isinstance(tokenizer, HierarchicalBytesTokenizer):
+        raise InputError("a model of type hat is exported with its tokenizer, data.tokenizer.type=hierarchical_bytes")
+    config = model.hierarchy
+    names = {
+        part: [_block_name(model, name, config.hidden_size) for name in getattr(config, part)]
+        for part in PARTS_OF_STAGE
+    }
+    decoder = names["decoder"]
+    return {
+        "type": config.type,
+        "hidden_size": config.hidden_size,
+        "encoder": names["encoder"],
+        "decoder": [decoder] if config.read_words == "first" else [[name] for name in decoder],
+        "num_heads": config.num_heads,
+        "maximum_word_bytes": tokenizer.maximum_word_bytes,
+        "hat_splitter": importlib.metadata.version("hat-splitter"),
+    }
+
+
 @dataclass(frozen=True)
 class CustomForm:
-    """A model in the form of ``RecurrentForCausalLM``, whose tensors have our names."""
+    """A model in the form of ``RecurrentForCausalLM``, whose tensors have our names.
+
+    ``tokenizer`` is the run's, which models that read words need.
+    """
 
     model: ModelConfig
+    tokenizer: TokenizerConfig | None = None
 
     @property
     def architecture(self) -> str:
@@ -114,7 +146,7 @@ class CustomForm:
 
     @property
     def cached_generation(self) -> bool:
-        return True
+        return not self.model.reads_word_starts
 
     def write_config(self, directory: Path, marks: Mapping[str, Any]) -> None:
         """Writes ``config.json`` and the code."""
@@ -131,7 +163,7 @@ class CustomForm:
         }
         further = {}
         if model.hierarchy is not None:
-            further = {"embedding_size": model.embedding_size, "hierarchy": _hierarchy(model)}
+            further = {"embedding_size": model.embedding_size, "hierarchy": _hierarchy(model, self.tokenizer)}
         module, name = self._class_of_model
         auto_map = {"AutoConfig": f"{CONFIGURATION}.RecurrentConfig", "AutoModelForCausalLM": f"{module}.{name}"}
         config = RecurrentConfig(
@@ -146,6 +178,7 @@ class CustomForm:
             architectures=[name],
             auto_map=auto_map,
             dtype="float32",
+            use_cache=self.cached_generation,
             **further,
             **marks,
         )
@@ -160,8 +193,11 @@ class CustomForm:
             for part, config in parts_of(block):
                 family = family_of(config)
                 families[part][family.name] = modeling_module(family)
-        names = dict.fromkeys((CONFIGURATION, MODELING, self._class_of_model[0]))
+        stack = () if self.model.hierarchy is None else (BLOCK_STACK,)
+        names = dict.fromkeys((CONFIGURATION, MODELING, *stack, self._class_of_model[0]))
         code = {f"{name}.py": self_contained(_source(f"{remote.__name__}.{name}")) for name in names}
+        if self.model.reads_word_starts:
+            code[f"{WORD_SPLITTING}.py"] = self_contained(_source(f"data.tokenizers.{WORD_SPLITTING}"))
         code[f"{MIXERS}.py"] = _mixers_file(families["mixer"], families["channel"])
         used = {module for modules in families.values() for module in modules.values()}
         for module in _with_imports({*used, "pretrain.models.modeling"}):
@@ -205,6 +241,7 @@ def self_contained(source: str) -> str:
         InputError: it imports something that an exported directory does not have.
     """
     rewritten = _IMPORT.sub(lambda match: f"from .{file_stem(f'pretrain.models{match[1]}.modeling')} import ", source)
+    rewritten = _IMPORT_OF_WORDS.sub(f"from .{WORD_SPLITTING} import ", rewritten)
     for node in ast.walk(ast.parse(rewritten)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from data.config import TokenizerConfig
 from data.errors import DataError
 from data.tokenizers import Tokenizer, open_tokenizer
 from pretrain.config.schema import ModelConfig
@@ -51,7 +52,8 @@ class ExportReport:
         parameters: number of weights, float32.
         comparison: the exported model's logits beside ours.
         cached_generation: whether ``generate`` carries the recurrent state from token to token; False where
-            the class's cache cannot hold a state of this model's sizes, so that each token reads all before it.
+            the class's cache cannot hold a state of this model's sizes, or the model reads words, so that each token
+            reads all before it.
         needs_code: whether the directory brings its own code.
         unfit: why each native class cannot hold the model, where none can.
     """
@@ -75,10 +77,10 @@ class ExportReport:
             f"{', '.join(map(str, self.comparison.lengths))} tokens",
         ]
         if not self.cached_generation:
-            lines.append(
-                "generate() will read the whole text for each token: the class's cache holds only states whose "
-                "key and value widths are multiples of 64"
-            )
+            reason = "the class's cache holds only states whose key and value widths are multiples of 64"
+            if self.needs_code:
+                reason = "a byte may change how the end of its text is cut into words"
+            lines.append(f"generate() will read the whole text for each token: {reason}")
         if self.needs_code:
             lines += ["load it with trust_remote_code=True: no class of transformers holds this model", *self.unfit]
         return "\n".join(lines)
@@ -109,7 +111,7 @@ def export_model(
     output = output.resolve()
     loaded = load_decoder(path)
     model = loaded.config.model
-    form, unfit = choose_form(model)
+    form, unfit = choose_form(model, loaded.config.data.tokenizer)
     try:
         tokenizer = open_tokenizer(loaded.config.data.tokenizer)
     except DataError as error:
@@ -128,7 +130,7 @@ def export_model(
         write_tokenizer(loaded.config.data.tokenizer, tokenizer, unfinished)
         _write_configs(form, tokenizer, model.vocab_size, unfinished)
         _write_weights(form.tensors(weights), unfinished, max_shard_size)
-        comparison = compare_with_transformers(loaded.decoder, tokenizer.vocab_size, unfinished, tolerance)
+        comparison = compare_with_transformers(loaded.decoder, tokenizer, unfinished, tolerance)
         if not comparison.agrees:
             raise CheckError(
                 f"the exported model's logits differ from ours by {comparison.largest_difference:.3g}, more than "
@@ -154,8 +156,12 @@ def export_model(
     )
 
 
-def choose_form(model: ModelConfig) -> tuple[NativeForm | CustomForm, tuple[str, ...]]:
+def choose_form(
+    model: ModelConfig, tokenizer: TokenizerConfig | None = None
+) -> tuple[NativeForm | CustomForm, tuple[str, ...]]:
     """The first native class that holds the model, or code of its own; and why the classes before do not.
+
+    ``tokenizer`` is the run's, which models that read words need.
 
     Raises:
         InputError: a mixer of the model has neither; says why of each class.
@@ -166,7 +172,7 @@ def choose_form(model: ModelConfig) -> tuple[NativeForm | CustomForm, tuple[str,
     problem = custom.problem(model)
     if problem is not None:
         raise InputError(f"no class of transformers holds this model, and {problem}: {'; '.join(unfit)}")
-    return CustomForm(model), tuple(unfit)
+    return CustomForm(model, tokenizer), tuple(unfit)
 
 
 def _check_output(output: Path) -> None:

@@ -265,6 +265,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         states: dict[str, State] | None = None,
         document_starts: Tensor | None = None,
+        word_starts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, State]]:
         """Logits and the state after them, for a model that is whole on this rank.
 
@@ -272,11 +273,17 @@ class Decoder(nn.Module):
             tokens: ``(batch, sequence)`` int64.
             states: as returned by an earlier call; None at the beginning.
             document_starts: as in :meth:`forward`; None: no document begins within this call.
+            word_starts: as in :meth:`forward`; None unless the model reads words.
 
         Returns:
             ``(batch, sequence, vocabulary)`` float32, and the state of each layer.
+
+        Raises:
+            InputError: the model reads words, and ``word_starts`` is None.
         """
-        documents = None if document_starts is None else Documents(document_starts)
+        if document_starts is None and word_starts is not None:
+            document_starts = torch.zeros_like(word_starts)
+        documents = None if document_starts is None else Documents(document_starts, word_starts)
         hidden = self._embed(tokens)
         carried = initial_carried(hidden, self.carried_channels)
         hidden, _, final = self._blocks(hidden, carried, states, documents, keep_states=True)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data.baseline import bigram_bits_per_byte
-from data.config import DataConfig, HierarchicalBytesTokenizer
+from data.config import BytesTokenizer, DataConfig, HierarchicalBytesTokenizer
 from data.dataset import open_data
 from data.errors import DataError
-from data.tokenizers import Tokenizer, hierarchical_bytes, open_tokenizer
+from data.tokenizers import Tokenizer, hierarchical_bytes, open_tokenizer, word_splitting
 from data.tokenizers.base import split_word_starts
 from tests.data.conftest import HOSTILE_DOCUMENTS
 
@@ -91,8 +91,86 @@ def test_bytes_that_are_not_utf8_are_words_of_their_own() -> None:
 def test_long_documents_are_split_as_short_ones(text: str, block: int) -> None:
     whole = opened().encode(text).tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hierarchical_bytes, "BLOCK_CHARACTERS", block)
+        patch.setattr(word_splitting, "BLOCK_CHARACTERS", block)
         assert opened().encode(text).tolist() == whole
+
+
+def stored_starts(tokenizer: Tokenizer, content: bytes) -> list[bool]:
+    return split_word_starts(tokenizer.encode(content))[1].tolist()
+
+
+# Bytes as they come: whole characters, ends within one, and what is no UTF-8.
+BYTES = st.one_of(
+    TEXTS.map(str.encode), st.binary(max_size=8), st.sampled_from([b"\n", b"\r\n", b"\xc3\n", b"\xe6\x97"])
+)
+CONTENT = st.lists(BYTES, max_size=6).map(b"".join)
+
+
+@settings(deadline=None)
+@given(CONTENT, st.sampled_from([4, 7, 100]))
+def test_what_follows_changes_only_words_that_are_not_settled(content: bytes, longest: int) -> None:
+    """Read byte by byte, each time cutting only what the byte before left open."""
+    tokenizer = opened(longest)
+    starts: list[bool] = []
+    for end in range(1, len(content) + 1):
+        settled = tokenizer.settled_bytes(content[: end - 1])
+        starts[settled:] = tokenizer.word_starts(content[settled:end]).tolist()
+        assert starts == tokenizer.word_starts(content[:end]).tolist()
+    assert not content or content[-1] >= 0x80 or starts == stored_starts(tokenizer, content)
+
+
+def test_a_text_that_ends_within_a_character() -> None:
+    """The character is cut as the highest that begins so, and only its own bytes count."""
+    tokenizer = opened()
+    for character in ("\xff", "\ufff0", "\u4e16", "\ud7ff", "\U0010ffff", "\U0001f642", "\u0800", "\U00010000"):
+        whole = character.encode()
+        for end in range(1, len(whole)):
+            begun = whole[:end]
+            highest = max(
+                begun + rest
+                for second in ([0xBF, 0x9F, 0x8F] if end == 1 else [0xBF])
+                if _is_utf8(begun + (rest := bytes([second] + [0xBF] * (len(whole) - end - 1))))
+            )
+            for before in (b"", b"a", b"a. ", b"\xff"):
+                expected = stored_starts(tokenizer, before + highest)[: len(before) + end]
+                assert tokenizer.word_starts(before + begun).tolist() == expected, (before, begun)
+    # A byte that no character continues with, or that begins none.
+    for content in (b"a\xe4", b"\xed\xa0", b"a\xf4\x90", b"\xc0", b"\xf5", b"\x80", b"\xe4b"):
+        assert tokenizer.word_starts(content + b" ").tolist() == stored_starts(tokenizer, content + b" ")
+    assert tokenizer.word_starts(b"\xed\xa0").tolist() == stored_starts(tokenizer, b"\xed\xa0")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        # A tab behind a space starts a word until a mark combines with it; a no-break space likewise.
+        (b" \t", "\u0301".encode(), [1]),
+        ("a \xa0".encode(), "\u200d".encode(), [2]),
+        # The first bytes of a dash are those of an ideograph until its second byte is there.
+        (b"a\xe2", b"\x80", [1]),
+        # No character begins so.
+        (b"caf\xc3", b" ", [3]),
+    ],
+)
+def test_the_end_of_a_text_is_cut_anew(before: bytes, after: bytes, changed: list[int]) -> None:
+    tokenizer = opened()
+    earlier, later = tokenizer.word_starts(before), tokenizer.word_starts(before + after)[: len(before)]
+    assert np.flatnonzero(earlier != later).tolist() == changed
+
+
+def test_words_of_a_text_need_a_tokenizer_that_cuts_words() -> None:
+    tokenizer = open_tokenizer(BytesTokenizer(type="bytes"))
+    assert tokenizer.settled_bytes(b"a\nb") == 0
+    with pytest.raises(DataError, match="ByteTokenizer does not cut text into words; use data.tokenizer.type"):
+        tokenizer.word_starts(b"a")
 
 
 def test_vocabulary() -> None:

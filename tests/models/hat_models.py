@@ -19,8 +19,8 @@ from tests.parallel.programs import randomise
 WORDS = {"tokenizer": {"type": "hierarchical_bytes"}}
 
 
-def hat_model(read_words: str = "every") -> dict[str, Any]:
-    """A model section with every kind of state over bytes and over words."""
+def hat_model(read_words: str = "every", **fields: Any) -> dict[str, Any]:
+    """A model section with every kind of state over bytes and over words; ``fields`` replace its keys."""
     hierarchy = {
         "type": "hat",
         "hidden_size": 32,
@@ -36,6 +36,7 @@ def hat_model(read_words: str = "every") -> dict[str, Any]:
         "layers": ["mlstm", "attention"],
         "blocks": BLOCKS,
         "hierarchy": hierarchy,
+        **fields,
     }
 
 
@@ -44,9 +45,9 @@ def hat_config(read_words: str = "every", **sections: dict[str, Any]) -> Config:
     return tiny_config(model=hat_model(read_words), **{"data": WORDS, **sections})
 
 
-def random_hat(read_words: str = "every") -> HAT:
+def random_hat(read_words: str = "every", **fields: Any) -> HAT:
     """Such a model in this process, every parameter away from its start."""
-    config = hat_config(read_words)
+    config = tiny_config(model=hat_model(read_words, **fields), data=WORDS)
     build_topology(config)
     model = build_decoder(config.model, megatron_config(config))
     initialise_weights(model, 0)

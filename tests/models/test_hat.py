@@ -196,7 +196,7 @@ def test_bytes_per_word_are_counted_anew() -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     model = random_hat()
     tokens = random_bytes(1, 4)
-    with pytest.raises(InputError, match="cannot continue a text yet"):
+    with pytest.raises(InputError, match="was given tokens alone; give word_starts, as data.tokenizer"):
         model.logits(tokens)
     with pytest.raises(InputError, match="forms no chunks of its own"):
         model.chunk_starts(tokens)

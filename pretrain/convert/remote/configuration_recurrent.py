@@ -24,7 +24,10 @@ class RecurrentConfig(PretrainedConfig):
             start, layer by layer; begin a new training there rather than here.
         embedding_size: width of the embedding and the head; None: ``hidden_size``.
         hierarchy: stages round the layers, ``{"type": "hnet", "stages": [{"hidden_size": ..., "encoder": [...],
-            "decoder": [...]}]}`` from the outermost inwards, each part a list of names in ``blocks``; None: none.
+            "decoder": [...]}]}`` from the outermost inwards, each part a list of names in ``blocks``; or ``{"type":
+            "hat", "hidden_size": ..., "encoder": [...], "decoder": [[...], ...], "num_heads": ...,
+            "maximum_word_bytes": ..., "hat_splitter": "the version that cut words in training"}``, before each of the
+            decoder's lists of which bytes read their words; None: none.
     """
 
     model_type = "recurrent_decoder"

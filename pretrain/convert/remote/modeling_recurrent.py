@@ -212,7 +212,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the embeddings, and the residual stream after each block.
             return_dict: False returns a tuple.
             logits_to_keep: of the last so many tokens, or at these indices; 0: all.
-            options: ``num_items_in_batch``, which divides the summed loss. Others change nothing.
+            options: ``num_items_in_batch``, which divides the summed loss, and what a subclass hands to its blocks as
+                ``word_starts``, ``(batch, sequence)``. Others change nothing.
 
         Raises:
             ValueError: not exactly one kind of input, or a cache beside padding after a sequence.
@@ -229,7 +230,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None:
             past_key_values = RecurrentCache(row_groups(attention_mask, batch, hidden.device))
 
-        per_block, cache = self._read(hidden, past_key_values)
+        per_block, cache = self._read(hidden, past_key_values, options.get("word_starts"))
         hidden = self.output_norm(per_block[-1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.head(hidden if isinstance(kept, int) else hidden[:, kept]).float()
@@ -250,12 +251,14 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
-    def _read(self, hidden: Tensor, cache: RecurrentCache) -> tuple[list[Tensor], RecurrentCache]:
+    def _read(
+        self, hidden: Tensor, cache: RecurrentCache, further: Tensor | None = None
+    ) -> tuple[list[Tensor], RecurrentCache]:
         """The residual stream before the first block and after each, and the states after these tokens."""
         length = hidden.shape[1]
         if len(cache.groups) == 1 and cache.groups[0].padding <= cache.tokens:
             group = cache.groups[0]
-            per_block, states = self._blocks(hidden, group.states)
+            per_block, states = self._blocks(hidden, group.states, *([] if further is None else [further]))
             return per_block, RecurrentCache([RowGroup(group.rows, group.padding, states)], cache.tokens + length)
         per_block = [hidden, *(torch.zeros_like(hidden) for _ in range(self.residual_streams))]
         groups = []
@@ -263,7 +266,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             skipped = min(max(group.padding - cache.tokens, 0), length)
             states = group.states
             if skipped < length:
-                found, states = self._blocks(hidden[group.rows, skipped:], states)
+                given = [] if further is None else [further[group.rows, skipped:]]
+                found, states = self._blocks(hidden[group.rows, skipped:], states, *given)
                 for all_rows, rows in zip(per_block[1:], found[1:], strict=True):
                     all_rows[group.rows, skipped:] = rows
             groups.append(RowGroup(group.rows, group.padding, states))

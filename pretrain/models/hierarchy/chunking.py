@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pretrain.models.mixer import Documents, State
+from pretrain.models.states import join_rows, select_rows
+
+# A network on ``(sequence, batch, size)`` that keeps states; returns the same shape and the states after it.
+Network = Callable[[Tensor, "dict[str, State] | None", Documents], "tuple[Tensor, dict[str, State]]"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,34 @@ def find_chunks(chosen: Tensor, starts: Tensor | None, continues: bool) -> Chunk
     if not continues:
         begins = begins | (position == 0)
     return Chunks(row, position, counts, begins, latest)
+
+
+def read_by_counts(
+    network: Network, vectors: Tensor, begins_document: Tensor, counts: Tensor, states: dict[str, State] | None
+) -> tuple[Tensor, dict[str, State]]:
+    """A network over the vectors of sequences that each have a state: those with equally many go through it together.
+
+    Args:
+        network: as wide at its end as at its beginning.
+        vectors: ``(vectors, size)``, those of all sequences one after the other.
+        begins_document: ``(vectors,)`` bool, at which of them the network's state restarts.
+        counts: ``(batch,)`` int64, how many each sequence has.
+        states: of the network; None where every sequence begins here, and none of them has no vector.
+
+    Returns:
+        ``(vectors, size)``, and the states in the order of the sequences.
+    """
+    offsets = counts.cumsum(0) - counts
+    outputs, order, finals = torch.zeros_like(vectors), [], []
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        order.append(rows)
+        before = None if states is None else select_rows(states, rows)
+        if count == 0:
+            finals.append(before)
+            continue
+        places = offsets[rows] + torch.arange(count, device=rows.device)[:, None]
+        read, after = network(vectors[places], before, Documents(begins_document[places].t()))
+        outputs = outputs.index_put((places,), read)
+        finals.append(after)
+    return outputs, select_rows(join_rows(finals), torch.cat(order).argsort())

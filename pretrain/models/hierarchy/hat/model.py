@@ -13,8 +13,9 @@ from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
 from pretrain.models.decoder import Decoder
 from pretrain.models.hierarchy.blocks import BlockStack
-from pretrain.models.hierarchy.chunking import find_chunks
-from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift
+from pretrain.models.hierarchy.chunking import find_chunks, read_by_counts
+from pretrain.models.hierarchy.hat.open_words import find_words, known_before, open_word_state
+from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift, WordSums
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
 
 
@@ -81,12 +82,14 @@ class HAT(Decoder):
         documents: Documents | None,
         keep_states: bool,
     ) -> tuple[Tensor, Carried, dict[str, State]]:
-        if keep_states:
+        if documents is None or documents.word_starts is None:
             raise InputError(
-                "models of model.hierarchy.type=hat cannot continue a text yet: where their last word ends is known "
-                "only once the next one has begun, and generation does not cut words again as it goes; they can be "
-                "trained and evaluated"
+                "a model of type hat reads where words start, but was given tokens alone; give word_starts, as "
+                "data.tokenizer.type=hierarchical_bytes finds them"
             )
+        if keep_states:
+            hidden, final = self._continue(hidden, states, documents)
+            return hidden, carried, final
         starts = documents.starts
         words = find_chunks(documents.word_starts | starts, starts, continues=False)
         count = len(words.row)
@@ -103,6 +106,47 @@ class HAT(Decoder):
             hidden = reader(hidden, vectors, words.latest)
             hidden, _ = blocks(hidden, None, documents, f"decoder.{index}")
         return hidden, carried, {}
+
+    def _continue(
+        self, hidden: Tensor, states: dict[str, State] | None, documents: Documents
+    ) -> tuple[Tensor, dict[str, State]]:
+        """One call of a text that is read in pieces: a word enters the backbone where the next one starts.
+
+        Beside those of blocks there is one state, ``open_word``: what the bytes of the last word, which may go on, add
+        up to so far, and what they may know of the words before it. Sequences in which equally many words end go
+        through the backbone together.
+        """
+        opened = None if states is None else states["open_word"]
+        begins = None if opened is None else opened["begins_document"] > 0
+        row = find_words(documents.word_starts, documents.starts, begins)
+        encoded, final = self.encoder(hidden, states, documents, "encoder")
+        earlier = None
+        if opened is not None:
+            earlier = (row.first, WordSums(opened["highest"], opened["total"], opened["mixed"]))
+        sums = self.pooling.sums(encoded, row.word, row.words, earlier)
+        vectors = self.pooling.vectors(sums[row.ended], encoded.dtype)[:, 0]
+        # Every state is there from the beginning, although no word has ended yet.
+        before = self._backbone_start(len(row.counts), hidden.device) if states is None else states
+        before = {layer: before[layer] for layer in self.layers if layer in before}
+        read, after = read_by_counts(self._backbone, vectors, row.begins_document[row.ended], row.counts, before)
+        known = known_before(row, read, self.shift.first_word, None if opened is None else opened["known"])
+        final |= after | {"open_word": open_word_state(row, sums, known)}
+        hidden = encoded
+        for index, (reader, blocks) in enumerate(zip(self.readers, self.decoder, strict=True)):
+            hidden = reader(hidden, known[:, None], row.word)
+            hidden, decoder_final = blocks(hidden, states, documents, f"decoder.{index}")
+            final |= decoder_final
+        return hidden, final
+
+    def _backbone(
+        self, vectors: Tensor, states: dict[str, State] | None, documents: Documents
+    ) -> tuple[Tensor, dict[str, State]]:
+        hidden, _, final = super()._blocks(vectors, {}, states, documents, True)
+        return hidden, final
+
+    def _backbone_start(self, batch: int, device: torch.device) -> dict[str, State]:
+        blocks = {layer: block for layer, block in self.layers.items() if block.mixer is not None}
+        return {layer: block.mixer.initial_state(batch, device) for layer, block in blocks.items()}
 
     def chunk_starts(self, tokens: Tensor, document_starts: Tensor | None = None) -> list[Tensor]:
         """Refused: words are the tokenizer's, not the model's choice."""

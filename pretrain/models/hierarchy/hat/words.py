@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -12,8 +14,33 @@ from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, constant, new_parameter, normal, small_normal, wang_normal
 
 
-def pool(scores: Tensor, values: Tensor, word: Tensor, words: int) -> Tensor:
-    """Softmax attention of one query per word over the bytes of that word alone, in float32.
+@dataclass(frozen=True)
+class WordSums:
+    """What the bytes of each word that were read so far add up to, of which its pooled vector is a quotient; float32.
+
+    Attributes:
+        highest: ``(words, heads)``, the largest score; the sums are of ``exp(score - highest)``.
+        total: ``(words, heads)``, the sum of the weights.
+        mixed: ``(words, heads, size)``, the weighted sum of the values.
+    """
+
+    highest: Tensor
+    total: Tensor
+    mixed: Tensor
+
+    def __getitem__(self, words: Tensor) -> WordSums:
+        return WordSums(self.highest[words], self.total[words], self.mixed[words])
+
+    @property
+    def pooled(self) -> Tensor:
+        """``(words, heads, size)``, the mean of the values by their weights."""
+        return self.mixed / self.total[..., None]
+
+
+def sum_words(
+    scores: Tensor, values: Tensor, word: Tensor, words: int, earlier: tuple[Tensor, WordSums] | None = None
+) -> WordSums:
+    """Softmax attention of one query per word over the bytes of that word alone, in float32, but for the division.
 
     Memory is linear in the bytes: there is neither padding nor a mask.
 
@@ -21,19 +48,24 @@ def pool(scores: Tensor, values: Tensor, word: Tensor, words: int) -> Tensor:
         scores: ``(bytes, heads)`` float32.
         values: ``(bytes, heads, size)``.
         word: ``(bytes,)`` int64, the word that each byte belongs to.
-        words: their number; each has a byte.
-
-    Returns:
-        ``(words, heads, size)`` float32.
+        words: their number. The sums of a word without bytes mean nothing.
+        earlier: words, ``(some,)`` int64, that have bytes beside these, and the sums of those bytes.
     """
     # A shift changes nothing but rounding, so no gradient goes through it.
     index = word[:, None].expand_as(scores)
     highest = scores.new_full((words, scores.shape[1]), float("-inf"))
+    if earlier is not None:
+        highest[earlier[0]] = earlier[1].highest.detach()
     highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
     weights = (scores - highest[word]).exp()
     total = scores.new_zeros(words, scores.shape[1]).index_add(0, word, weights)
     mixed = scores.new_zeros(words, *values.shape[1:]).index_add(0, word, weights[..., None] * values.float())
-    return mixed / total[..., None]
+    if earlier is not None:
+        begun, sums = earlier
+        scale = (sums.highest.detach() - highest[begun]).exp()
+        total = total.index_add(0, begun, sums.total * scale)
+        mixed = mixed.index_add(0, begun, sums.mixed * scale[..., None])
+    return WordSums(highest, total, mixed)
 
 
 class WordPooling(nn.Module):
@@ -64,13 +96,22 @@ class WordPooling(nn.Module):
             word: ``(batch, sequence)`` int64, the word that each byte belongs to.
             words: their number.
         """
+        return self.vectors(self.sums(encoded, word, words), encoded.dtype)
+
+    def sums(
+        self, encoded: Tensor, word: Tensor, words: int, earlier: tuple[Tensor, WordSums] | None = None
+    ) -> WordSums:
+        """Those of the words so far; arguments as of :meth:`forward` and :func:`sum_words`."""
         key, value = (
             tensor.transpose(0, 1).flatten(0, 1).unflatten(-1, (-1, self.head))
             for tensor in self.projections(self.norm(encoded))
         )
         scores = (key.float() * self.query.view(-1, self.head)).sum(-1) * self.head**-0.5
-        pooled = pool(scores, value, word.flatten(), words)
-        return self.output(pooled.flatten(1)[:, None].to(encoded.dtype))
+        return sum_words(scores, value, word.flatten(), words, earlier)
+
+    def vectors(self, sums: WordSums, dtype: torch.dtype) -> Tensor:
+        """``(words, 1, model.hidden_size)`` of words that are complete."""
+        return self.output(sums.pooled.flatten(1)[:, None].to(dtype))
 
 
 class WordShift(nn.Module):

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from data.packing import Batch
 from pretrain.config.schema import ModelConfig
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
-from pretrain.models.hierarchy.chunking import Chunks, find_chunks
+from pretrain.models.hierarchy.chunking import find_chunks, read_by_counts
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.ratio_loss import RatioLoss
 from pretrain.models.hierarchy.hnet.stage import HNetStage
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import scale_learning_rate
-from pretrain.models.states import join_rows, select_rows
 
 
 class HNet(Decoder):
@@ -123,7 +122,13 @@ class HNet(Decoder):
             further_in = None
             if states is not None:
                 further_in = {key: state for key, state in states.items() if not key.startswith(f"{name}.")}
-            vectors, inner_final = self._by_counts(index + 1, vectors, chunks, further_in)
+            vectors, inner_final = read_by_counts(
+                lambda row, before, documents: self._from_stage(index + 1, row, before, documents, True),
+                vectors,
+                chunks.begins_document,
+                chunks.counts,
+                further_in,
+            )
         else:
             row = Documents((chunks.begins_sequence | chunks.begins_document)[None])
             vectors, inner_final = self._from_stage(index + 1, vectors[:, None], None, row, False)
@@ -134,35 +139,6 @@ class HNet(Decoder):
         if not keep_states:
             return hidden, {}
         return hidden, final | inner_final | decoder_final | {f"{name}.dechunk": {"average": average}}
-
-    def _by_counts(
-        self, index: int, vectors: Tensor, chunks: Chunks, states: dict[str, State] | None
-    ) -> tuple[Tensor, dict[str, State]]:
-        """What stands further in, for sequences that each have a state: those with equally many chunks at a time.
-
-        Args:
-            vectors: ``(chunks, inner_size)``, in the row of ``chunks``.
-            states: of what stands further in; None where every sequence begins here.
-
-        Returns:
-            ``(chunks, inner_size)``, and the states in the order of the sequences.
-        """
-        counts = chunks.counts
-        outputs, order, finals = torch.zeros_like(vectors), [], []
-        for count in counts.unique().tolist():
-            rows = (counts == count).nonzero()[:, 0]
-            order.append(rows)
-            before = None if states is None else select_rows(states, rows)
-            if count == 0:
-                # Only where there is a state: a sequence begins with a chunk.
-                finals.append(before)
-                continue
-            places = chunks.offsets[rows] + torch.arange(count, device=rows.device)[:, None]
-            documents = Documents(chunks.begins_document[places].t())
-            inner, after = self._from_stage(index, vectors[places], before, documents, True)
-            outputs = outputs.index_put((places,), inner)
-            finals.append(after)
-        return outputs, select_rows(join_rows(finals), torch.cat(order).argsort())
 
     def boundaries(self, tokens: Tensor, document_starts: Tensor | None) -> list[Tensor]:
         """Which positions of each stage begin a chunk, found by encoders and routers alone.
