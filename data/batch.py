@@ -51,6 +51,29 @@ class Batch:
             word_starts=None if self.word_starts is None else _begun_anew(self.word_starts, length),
         )
 
+    def segment(self, index: int, count: int, multiple: int = 1) -> Batch:
+        """Segment ``index`` of each row, all ``count`` of one length; label counts and bytes stay those of the whole.
+
+        Rows that do not divide end in tokens that are documents of their own and predict nothing.
+
+        Args:
+            multiple: what the length of a segment must be divisible by.
+        """
+        length = -(-self.tokens.shape[1] // (count * multiple)) * multiple
+        missing = count * length - self.tokens.shape[1]
+        part = slice(index * length, (index + 1) * length)
+
+        def of(tensor: torch.Tensor, filling: int) -> torch.Tensor:
+            return torch.nn.functional.pad(tensor, (0, missing), value=filling)[:, part]
+
+        return replace(
+            self,
+            tokens=of(self.tokens, 0),
+            labels=of(self.labels, IGNORED_LABEL),
+            document_starts=of(self.document_starts, True),
+            word_starts=None if self.word_starts is None else of(self.word_starts, True),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``."""
         return replace(

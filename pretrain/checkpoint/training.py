@@ -53,7 +53,7 @@ def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
     for name, parameter in engine.parameters.items():
         sharded = parameter.spec.shard_dimension
         shape = engine.shapes[name]
-        copy = topology.expert_data_rank if parameter.spec.expert else topology.data_rank
+        copy = topology.expert_data_rank if parameter.spec.expert else topology.copy_rank
         writes = copy == 0 and (sharded is not None or topology.tensor_rank == 0)
         writes = writes and not parameter.spec.pipeline_copy
         for kind in ("weight", *MOMENTS):

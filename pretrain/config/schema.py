@@ -147,6 +147,9 @@ class ParallelConfig(StrictModel):
         False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
     )
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
+    context: int = Field(
+        1, ge=1, description="context-parallel size: each sequence split over ranks, states handed from one to the next"
+    )
     expert: int = Field(
         1, ge=1, description="expert-parallel size: routed experts split over so many data-parallel ranks"
     )
@@ -159,8 +162,8 @@ class ParallelConfig(StrictModel):
 
     @property
     def model_parallel(self) -> int:
-        """Processes that hold one copy of the model together."""
-        return self.tensor * self.pipeline
+        """Processes that read the same samples together."""
+        return self.tensor * self.pipeline * self.context
 
     @model_validator(mode="after")
     def _combinations(self) -> ParallelConfig:
@@ -169,6 +172,12 @@ class ParallelConfig(StrictModel):
                 f"zero={self.zero} does not go with pipeline={self.pipeline}: ZeRO-2 would save nothing, because "
                 f"a pipeline stage keeps its whole gradients until its last micro-batch, and ZeRO-3's collective "
                 f"calls deadlock against the stages' sends; use zero=0 or zero=1, or pipeline=1"
+            )
+        if self.context > 1 and self.zero >= 2:
+            raise ValueError(
+                f"zero={self.zero} does not go with context={self.context}: ranks wait for each other's states, and "
+                f"collective calls of ZeRO-2's backward and ZeRO-3's forward in between would wait for ever; use "
+                f"zero=0 or zero=1, or context=1"
             )
         if self.expert > 1 and self.zero == 3:
             raise ValueError(
@@ -294,7 +303,26 @@ def _layout_problem(config: Config) -> str | None:
         if problem:
             return f"model.hierarchy: {problem}"
     problem = model.block_problem(parallel.tensor)
-    return f"model.{problem}" if problem else _expert_problem(model, parallel.expert)
+    if problem:
+        return f"model.{problem}"
+    return _context_problem(model, parallel.context) or _expert_problem(model, parallel.expert)
+
+
+def _context_problem(model: ModelConfig, context_parallel: int) -> str | None:
+    if context_parallel == 1:
+        return None
+    if model.hierarchy is not None:
+        return (
+            f"parallel.context={context_parallel} does not go with model.hierarchy: a chunk or word may reach over the "
+            f"end of a segment, and is not handed on; set parallel.context to 1"
+        )
+    for name, block in model.blocks.items():
+        if block.channel and block.channel.routed_experts():
+            return (
+                f"parallel.context={context_parallel} does not go with the routed experts of model.blocks.{name}: "
+                f"their balance loss is of whole sequences; set parallel.context to 1"
+            )
+    return None
 
 
 def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
@@ -350,7 +378,8 @@ def check_world_size(config: Config, world_size: int) -> str | None:
     if world_size % parallel.model_parallel:
         return (
             f"{world_size} processes cannot hold parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} = {parallel.model_parallel} ranks a whole number of times; "
+            f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context} = "
+            f"{parallel.model_parallel} ranks a whole number of times; "
             f"start a multiple of {parallel.model_parallel} processes or change the layout"
         )
     data_parallel = world_size // parallel.model_parallel

@@ -21,6 +21,7 @@ from pretrain.models.mixer import Carried, Documents, LayerContext, MeasuredModu
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
 from pretrain.models.registry import AUXILIARY_LOSS, family_of
+from pretrain.models.segments import SegmentChain
 
 IGNORED_LABEL = -100
 
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.input_tensor: Tensor | None = None
         self.compute_dtype = megatron.pipeline_dtype
+        self.chain = SegmentChain() if parallel_state.get_context_parallel_world_size() > 1 else None
 
         # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
         vocabulary = padded_size(model.vocab_size)
@@ -213,10 +215,16 @@ class Decoder(nn.Module):
         final = {}
         for layer, block in self.layers.items():
             state = None if states is None else states.get(layer)
+            passes_on = self.chain is not None and block.mixer is not None
+            if passes_on:
+                # Outside of what is recomputed: a message is sent once.
+                state = self.chain.receive_state(block.mixer, hidden)
             if self.config.recompute_granularity is not None and torch.is_grad_enabled():
                 hidden, state, carried = checkpoint(block, hidden, state, documents, carried, use_reentrant=False)
             else:
                 hidden, state, carried = block(hidden, state, documents, carried)
+            if passes_on:
+                hidden = self.chain.send_state(block.mixer, hidden, state)
             if state is not None and keep_states:
                 final[layer] = state
         return hidden, carried, final

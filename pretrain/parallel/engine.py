@@ -120,8 +120,9 @@ class ReplicatedEngine(Engine):
     def accumulate(self) -> Iterator[None]:
         yield
         self.sum_partial_gradients()
-        if parallel_state.get_data_parallel_world_size() > 1:
-            self._average(expert=False, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+            copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            self._average(expert=False, group=copies)
             self._average(expert=True, group=parallel_state.get_expert_data_parallel_group())
 
     def _average(self, expert: bool, group: dist.ProcessGroup) -> None:
@@ -138,7 +139,7 @@ class ReplicatedEngine(Engine):
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        flat /= parallel_state.get_data_parallel_world_size()
+        flat /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -67,12 +67,18 @@ def run_schedule(
         dtype=torch.float64,
         device=device,
     )
-    group = parallel_state.get_data_parallel_group()
-    dist.all_reduce(totals[1:], group=group)
-    # The schedule divides by the number of micro-batches, and engines average over data-parallel ranks.
+    # Ranks that hold segments of the same sequences each know of all of their labels.
+    dist.all_reduce(totals[1:], group=parallel_state.get_data_parallel_group())
+    # The schedule divides by the number of micro-batches and multiplies by that of segments, and engines average over
+    # all ranks that hold the same weights, those of all segments too.
     data_size = parallel_state.get_data_parallel_world_size()
     labels = max(totals[1].item(), 1.0)
     scale = len(micro_batches) * data_size / labels
+    segments = parallel_state.get_context_parallel_world_size()
+    if segments > 1:
+        multiple = decoder.config.tensor_model_parallel_size if decoder.config.sequence_parallel else 1
+        place = parallel_state.get_context_parallel_rank()
+        micro_batches = [batch.segment(place, segments, multiple) for batch in micro_batches]
 
     def forward_step(batches: Iterator[Batch], called: nn.Module) -> tuple[Tensor, object]:
         batch = next(batches).to(device)
@@ -97,15 +103,18 @@ def run_schedule(
             data_iterator=iter(micro_batches),
             model=[_ScheduledModel(model, decoder)],
             num_microbatches=len(micro_batches),
-            seq_length=sequence_length,
+            # Of whole sequences, which it divides by the number of segments.
+            seq_length=sequence_length * segments,
             micro_batch_size=batch_size,
             forward_only=not train,
             # Refused where there is one stage.
             adjust_tensor_shapes_fn=with_what_is_carried if has_stages and decoder.packed_channels else None,
         )
+    if decoder.chain is not None:
+        decoder.chain.finish()
     if losses:
         totals[0] = torch.stack([loss.double() for loss in losses]).sum()
-        dist.all_reduce(totals[:1], group=group)
+        dist.all_reduce(totals[:1], group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # Only the last stage knows the loss; the others add zero.
     dist.all_reduce(totals[:1], group=parallel_state.get_pipeline_model_parallel_group())
     nats, labels, size = totals.tolist()

@@ -27,6 +27,8 @@ class Topology:
         device: that this process computes on.
         rank, world_size: over all processes.
         tensor_rank, pipeline_rank, data_rank: within their groups; ``*_size`` likewise.
+        context_rank: which segment of its sequences this rank holds, of ``context_size``.
+        copy_rank: among the ranks that hold the same weights: data-parallel and context-parallel ones together.
         expert_data_rank: among the ranks that hold the same experts.
     """
 
@@ -39,6 +41,9 @@ class Topology:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int
+    context_size: int
+    copy_rank: int
     expert_data_rank: int
 
     @property
@@ -102,7 +107,8 @@ def build_topology(config: Config) -> Topology:
         bridge_cuda_calls()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     join_processes(device)
-    _build_groups(config.parallel.tensor, config.parallel.pipeline, config.parallel.expert)
+    parallel = config.parallel
+    _build_groups(parallel.tensor, parallel.pipeline, parallel.context, parallel.expert)
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -113,11 +119,14 @@ def build_topology(config: Config) -> Topology:
         pipeline_size=config.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        copy_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 
-def _build_groups(tensor: int, pipeline: int, expert: int) -> None:
+def _build_groups(tensor: int, pipeline: int, context: int, expert: int) -> None:
     """Megatron-core's groups of this layout; those of another layout are destroyed first, the same are kept.
 
     Megatron-core forgets its groups without destroying them, and each holds threads and sockets.
@@ -126,9 +135,10 @@ def _build_groups(tensor: int, pipeline: int, expert: int) -> None:
         built = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
         )
-        if built == (tensor, pipeline, expert):
+        if built == (tensor, pipeline, context, expert):
             return
         held: list[dist.ProcessGroup] = []
         for value in list(vars(parallel_state).values()):
@@ -143,6 +153,7 @@ def _build_groups(tensor: int, pipeline: int, expert: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
     )
 

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,11 +56,17 @@ class _ModelParallelUnit:
 
     The model-parallel group spans tensor *and* pipeline ranks, or each stage would clip by its own norm; the
     model-parallel rank is the tensor rank alone, or parameters that are replicated over tensor ranks would be
-    left out of the norm on all stages but the first.
+    left out of the norm on all stages but the first. The data-parallel group is that of all who hold the same weights,
+    those with other segments of the same sequences too.
     """
 
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_data_parallel_group = staticmethod(partial(parallel_state.get_data_parallel_group, with_context_parallel=True))
+    get_data_parallel_rank = staticmethod(partial(parallel_state.get_data_parallel_rank, with_context_parallel=True))
+    get_data_parallel_world_size = staticmethod(
+        partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
+    )
 
     @staticmethod
     def get_model_parallel_world_size() -> int:

@@ -157,6 +157,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
             "pipeline": parallel.pipeline,
             "expert": parallel.expert,
             "data": data_size,
+            "context": parallel.context,
             "zero": parallel.zero,
         },
         micro_batches=micro_batches,

@@ -144,8 +144,13 @@ class Stage:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch."""
-        return self.config.train.micro_batch_size * self.config.data.sequence_length
+        """Tokens of one micro-batch that one rank holds."""
+        return self.config.train.micro_batch_size * -(-self.config.data.sequence_length // self.config.parallel.context)
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights."""
+        return self.data_size * self.config.parallel.context
 
     @property
     def micro_batches_in_flight(self) -> int:
@@ -178,7 +183,7 @@ class Stage:
         parallel = self.config.parallel
         mixers = [mixer for layer in self.layers for mixer in layer.mixers]
         routed = sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
-        return -(-(self.parameters - routed) // self.data_size) + -(-routed * parallel.expert // self.data_size)
+        return -(-(self.parameters - routed) // self.copies) + -(-routed * parallel.expert // self.copies)
 
     def activation_bytes(self, recompute: str) -> int:
         """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
@@ -206,7 +211,7 @@ class Stage:
         """Bytes of each of :data:`PARTS` on this rank; their sum is the most it holds at once."""
         zero, parameters = self.config.parallel.zero, self.parameters
         partition = self.partition
-        bucket = min(REDUCE_BUCKET, parameters) if self.data_size > 1 else 0
+        bucket = min(REDUCE_BUCKET, parameters) if self.copies > 1 else 0
         elements = {
             "weights": partition if zero == 3 else parameters,
             "gradients": partition if zero >= 2 else parameters,

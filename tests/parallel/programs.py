@@ -81,7 +81,7 @@ def local_weights(engine: Engine, topology: Topology) -> dict[str, tuple[np.ndar
             _, length = own_slice(parameter.spec, value.shape)
             assert not value.narrow(dimension, length, value.shape[dimension] - length).any(), name
             value = value.narrow(dimension, 0, length)
-        copy = topology.expert_data_rank if parameter.spec.expert else topology.data_rank
+        copy = topology.expert_data_rank if parameter.spec.expert else topology.copy_rank
         if copy == 0:
             found[name] = (value.numpy().copy(), dimension, topology.tensor_rank)
     return found

@@ -21,6 +21,7 @@ LAYOUTS = {
     "data2_zero1": (2, {"zero": 1}),
     "data2_zero2": (2, {"zero": 2}),
     "data2_zero3": (2, {"zero": 3}),
+    "context2": (2, {"context": 2, "zero": 1}),
 }
 
 
@@ -73,10 +74,10 @@ def test_same_layout_resumes_bit_for_bit(layout, train, unbroken, tmp_path):
 
 
 def test_layout_changes_at_every_resume(train, unbroken, tmp_path):
-    """TP2 -> PP2 -> ZeRO-3 DP2 -> one process, against one process all along."""
+    """TP2 -> PP2 -> CP2 -> ZeRO-3 DP2 -> one process, against one process all along."""
     whole = curve(unbroken("single") / "run")
     write_corpus(tmp_path / "corpus")
-    for layout, until in (("tensor2", 3), ("pipeline2", 6), ("data2_zero3", 9), ("single_zero0", 12)):
+    for layout, until in (("tensor2", 3), ("pipeline2", 5), ("context2", 7), ("data2_zero3", 9), ("single_zero0", 12)):
         train(tmp_path, layout, steps=until)
     moved = curve(tmp_path / "run")
     assert moved.keys() == whole.keys()

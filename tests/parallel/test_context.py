@@ -1,0 +1,96 @@
+"""Sequences in segments over ranks: the steps of one process, whatever the mixers and wherever documents begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from data.batch import IGNORED_LABEL
+from pretrain.errors import InputError
+from pretrain.plan import plan
+from tests.configurations import every_mixer_model, tiny_config
+from tests.parallel.programs import synthetic_batch
+from tests.parallel.test_parity import LAYOUTS, PROGRAMS, STEPS, assert_same_run, with_small_input_gates
+
+
+def every_sequence_mixer() -> dict[str, Any]:
+    """Every mixer in one model, with feed-forward layers where experts would be."""
+    model = with_small_input_gates(every_mixer_model(64))
+    for block in model["blocks"].values():
+        if block.get("channel", {}).get("type") == "moe":
+            block["channel"] = {"type": "swiglu", "intermediate_size": 64}
+    return model
+
+
+MODEL = every_sequence_mixer()
+
+
+@pytest.fixture(scope="module")
+def one_process(worker_pools):
+    cache: dict[int, list[dict[str, Any]]] = {}
+
+    def run(length: int) -> list[dict[str, Any]]:
+        if length not in cache:
+            overrides = {"model": MODEL, "data": {"sequence_length": length}}
+            cache[length] = worker_pools(1).run(PROGRAMS, "train_steps", overrides=sections(overrides), steps=STEPS)
+        return cache[length]
+
+    return run
+
+
+def sections(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    data = {"source": {"type": "standard_library"}, "tokenizer": {"type": "bytes"}, "sequence_length": 16}
+    return overrides | {"data": data | overrides.get("data", {})}
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "length"),
+    [
+        ("context2_zero0", "none", 13),
+        ("context4_zero1", "block", 13),
+        ("context4_zero1", "none", 16),
+        ("context2_pipeline2_zero1", "none", 13),
+        ("context2_tensor2_sequence_zero1", "block", 16),
+    ],
+)
+def test_every_mixer_takes_the_steps_of_one_process(layout, recompute, length, worker_pools, one_process) -> None:
+    processes, parallel = LAYOUTS[layout]
+    overrides = {"parallel": parallel, "model": MODEL, "train": {"recompute": recompute}}
+    overrides["data"] = {"sequence_length": length}
+    results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=sections(overrides), steps=STEPS)
+    assert_same_run(results, one_process(length), relative=1e-5, weights=5e-5)
+
+
+@pytest.mark.parametrize(("length", "count", "multiple"), [(16, 4, 1), (13, 4, 1), (13, 2, 4), (3, 4, 1)])
+def test_segments_are_the_row_and_padding_that_counts_for_nothing(length: int, count: int, multiple: int) -> None:
+    batch = synthetic_batch([1, 2], length)
+    parts = [batch.segment(index, count, multiple) for index in range(count)]
+    assert len({part.tokens.shape for part in parts}) == 1 and parts[0].tokens.shape[1] % multiple == 0
+    for name in ("tokens", "labels", "document_starts"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(joined[:, :length], getattr(batch, name)), name
+    padding = torch.cat([part.labels for part in parts], dim=1)[:, length:]
+    assert (padding == IGNORED_LABEL).all()
+    assert torch.cat([part.document_starts for part in parts], dim=1)[:, length:].all()
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    moe = {
+        "mixer": {"type": "mamba2", "head_size": 16},
+        "channel": {"type": "moe", "num_experts": 4, "intermediate_size": 16},
+    }
+    with pytest.raises(InputError, match="parallel.context=2 does not go with the routed experts of model.blocks.only"):
+        tiny_config(parallel={"context": 2}, model={"hidden_size": 32, "layers": ["only"], "blocks": {"only": moe}})
+    with pytest.raises(InputError, match="zero=2 does not go with context=2"):
+        tiny_config(parallel={"context": 2, "zero": 2})
+
+
+def test_a_plan_holds_a_segment_of_each_sequence() -> None:
+    data = sections({"data": {"sequence_length": 1024}})
+    whole, parts = (plan(tiny_config(parallel={"zero": 1, "data": 1, "context": size}, **data)) for size in (1, 4))
+    assert (whole.world_size, parts.world_size) == (1, 4)
+    assert parts.tokens_per_step == whole.tokens_per_step
+    for part, share in (("activations", 4), ("optimizer_moments", 4), ("weights", 1)):
+        assert parts.bytes_per_rank_by_part[part] == pytest.approx(whole.bytes_per_rank_by_part[part] / share, rel=0.02)
