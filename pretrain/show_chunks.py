@@ -19,8 +19,7 @@ def mark_chunks(model: Decoder, tokenizer: Tokenizer, texts: Sequence[bytes]) ->
     """Each text, read as the beginning of a document, with ``|`` where a chunk begins.
 
     At a byte where chunks of several stages begin there are as many marks. Where a model reads words, chunks are the
-    tokenizer's words. Bytes that are no whole UTF-8 character
-    between two marks are written as ``\\xNN``.
+    tokenizer's words. Bytes that are no whole UTF-8 character between two marks are written as ``\\xNN``.
 
     Args:
         model: whole in this process.

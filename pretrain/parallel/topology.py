@@ -27,7 +27,6 @@ class Topology:
         device: that this process computes on.
         rank, world_size: over all processes.
         tensor_rank, pipeline_rank, data_rank: within their groups; ``*_size`` likewise.
-        context_rank: which segment of its sequences this rank holds, of ``context_size``.
         copy_rank: among the ranks that hold the same weights: data-parallel and context-parallel ones together.
         expert_data_rank: among the ranks that hold the same experts.
     """
@@ -41,8 +40,6 @@ class Topology:
     pipeline_size: int
     data_rank: int
     data_size: int
-    context_rank: int
-    context_size: int
     copy_rank: int
     expert_data_rank: int
 
@@ -119,8 +116,6 @@ def build_topology(config: Config) -> Topology:
         pipeline_size=config.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        context_rank=parallel_state.get_context_parallel_rank(),
-        context_size=parallel_state.get_context_parallel_world_size(),
         copy_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
     )
