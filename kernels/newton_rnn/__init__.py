@@ -19,8 +19,10 @@ from kernels.newton_rnn.arguments import BACKENDS, check_arguments, check_backen
 from kernels.newton_rnn.cell import Cell, StepCell
 from kernels.newton_rnn.gru import GRUCell
 from kernels.newton_rnn.lstm import LSTMCell
+from kernels.newton_rnn.newton_segments import newton_solve_segments
 from kernels.newton_rnn.newton_torch import NewtonReport, Settings, newton_solve
 from kernels.newton_rnn.reference import recurrence_reference
+from kernels.segments import Segments
 
 __all__ = ["BACKENDS", "Cell", "NewtonReport", "newton_gru", "newton_lstm", "newton_rnn"]
 
@@ -38,6 +40,7 @@ def newton_gru(
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float | None = None,
     backend: str = "auto",
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor, NewtonReport]:
     """The ParaGRU over a sequence; the equations are in ``kernels.newton_rnn.gru.GRUCell``.
 
@@ -50,6 +53,9 @@ def newton_gru(
             (loop over tokens forward, gradient by the parallel adjoint scan), ``"triton"`` (Newton in one kernel, on
             a GPU) or ``"auto"``: on a GPU Triton, and torch for float64; on a CPU torch, and sequential from
             ``WIDE_STATE`` state elements on, where it is faster.
+        segments: where this call's tokens are one of several ranks' segments of the same sequences, the state of
+            the first of which is zero: Newton's method over all of them (``kernels.newton_rnn.newton_segments``), in
+            torch. Every rank makes this call, and none gives an initial state.
 
     Returns:
         h (batch, sequence, channels) in the dtype of ``gates``, the state after the last token (batch, channels) in
@@ -60,7 +66,7 @@ def newton_gru(
     """
     return _run(
         "newton_gru", GRUCell(), gates, {"recurrent": (recurrent, 3)}, initial_state, document_starts,
-        Settings(iterations, max_iterations, tolerance), backend,
+        Settings(iterations, max_iterations, tolerance), backend, segments,
     )  # fmt: skip
 
 
@@ -75,6 +81,7 @@ def newton_lstm(
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float | None = None,
     backend: str = "auto",
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor, NewtonReport]:
     """The ParaLSTM over a sequence; the equations are in ``kernels.newton_rnn.lstm.LSTMCell``.
 
@@ -84,7 +91,7 @@ def newton_lstm(
         peephole: (2, channels), weights of f on the old cell and of o on the new one.
         initial_state: (c, h) before the first token, (batch, 2, channels); ``None`` is zero.
         document_starts, iterations, max_iterations, tolerance: as in ``newton_rnn``.
-        backend: as in ``newton_gru``.
+        backend, segments: as in ``newton_gru``.
 
     Returns:
         h (batch, sequence, channels) in the dtype of ``gates``, (c, h) after the last token (batch, 2, channels) in
@@ -95,7 +102,7 @@ def newton_lstm(
     """
     return _run(
         "newton_lstm", LSTMCell(), gates, {"recurrent": (recurrent, 3), "peephole": (peephole, 2)}, initial_state,
-        document_starts, Settings(iterations, max_iterations, tolerance), backend,
+        document_starts, Settings(iterations, max_iterations, tolerance), backend, segments,
     )  # fmt: skip
 
 
@@ -183,6 +190,7 @@ def _solve(
 def _run(
     name: str, cell: GRUCell | LSTMCell, gates: Tensor, parameters: dict[str, tuple[Tensor, int]],
     initial_state: Tensor | None, document_starts: Tensor | None, settings: Settings, backend: str,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor, NewtonReport]:  # fmt: skip
     """One of the hand-written cells with any backend; the hidden state is the last component."""
     if gates.dim() != 4 or gates.shape[2] != 3 or 0 in gates.shape:
@@ -199,6 +207,14 @@ def _run(
     tensors = [tensor for tensor, _ in parameters.values()]
     is_double = compute_dtype(gates, *tensors, initial_state).itemsize == 8
     elements = math.prod(_state_shape(cell, gates))
+    if segments is not None:
+        if initial_state is not None:
+            raise ValueError(f"{name}: the state before a segment is what segments say; give no initial_state.")
+        dtype = torch.float64 if is_double else torch.float32
+        like = torch.zeros(_state_shape(cell, gates), dtype=dtype, device=gates.device)
+        tensors = [tensor.to(dtype) for tensor in tensors]
+        states, final, report = newton_solve_segments(cell, gates, tensors, like, document_starts, settings, segments)
+        return _hidden(cell, states).to(gates.dtype), final, report
     backend = choose_backend(backend, elements, gates.is_cuda, is_double, has_kernel=True)
     if backend == "triton":
         # Imported here because Triton is slow to import and absent from some CPU installations.
@@ -207,5 +223,9 @@ def _run(
         return newton_triton(cell, gates, tensors, initial_state, document_starts, settings)
     settings = replace(settings, is_sequential=backend == "sequential")
     states, final, report = _solve(cell, gates, tensors, initial_state, document_starts, settings, backend)
-    hidden = states if cell.components is None else states[:, :, -1]
-    return hidden.to(gates.dtype), final, report
+    return _hidden(cell, states).to(gates.dtype), final, report
+
+
+def _hidden(cell: Cell, states: Tensor) -> Tensor:
+    """The last component, which is what a layer returns."""
+    return states if cell.components is None else states[:, :, -1]

@@ -62,11 +62,11 @@ def block_length(state: Tensor) -> int:
     return min(MAXIMUM_BLOCK, max(MINIMUM_BLOCK, BLOCK_ELEMENTS // state.numel()))
 
 
-def _blocks(sequence: int, length: int) -> list[slice]:
+def blocks_of(sequence: int, length: int) -> list[slice]:
     return [slice(start, min(start + length, sequence)) for start in range(0, sequence, length)]
 
 
-def _solve_sequentially(
+def solve_sequentially(
     cell: Cell, state: Tensor, inputs: Tensor, parameters: Sequence[Tensor], cuts: Tensor | None
 ) -> Tensor:
     """The states of a block from the state before it, token by token."""
@@ -89,7 +89,7 @@ def _solve_block(
     """
     before, after = states[:, :-1], states[:, 1:]
     if settings.is_sequential or inputs.shape[1] == 1:
-        after.copy_(_solve_sequentially(cell, before[:, :1], inputs, parameters, cuts))
+        after.copy_(solve_sequentially(cell, before[:, :1], inputs, parameters, cuts))
         return after.new_zeros(()), 0, 0
     after.copy_(cell.step(before.new_zeros(()).expand(before.shape), inputs, parameters))
     threshold = settings.threshold(states.dtype)
@@ -109,7 +109,7 @@ def _solve_block(
         return residual.max(), iteration, 0
     rows = (~converged).nonzero().flatten()
     row_cuts = None if cuts is None else cuts[rows]
-    after[rows] = _solve_sequentially(cell, before[rows, :1], inputs[rows], parameters, row_cuts)
+    after[rows] = solve_sequentially(cell, before[rows, :1], inputs[rows], parameters, row_cuts)
     return residual.masked_fill(~converged, 0.0).max(), iteration, len(rows)
 
 
@@ -125,7 +125,7 @@ class _NewtonSolve(torch.autograd.Function):
         states = initial.new_empty(batch, sequence + 1, *initial.shape[1:])
         states[:, 0] = initial
         residual, iterations, fallbacks = initial.new_zeros(()), 0, 0
-        for block in _blocks(sequence, block_length(initial)):
+        for block in blocks_of(sequence, block_length(initial)):
             block_residual, block_iterations, block_fallbacks = _solve_block(
                 cell,
                 states[:, block.start : block.stop + 1],
@@ -154,7 +154,7 @@ class _NewtonSolve(torch.autograd.Function):
         carried = torch.zeros_like(states[:, 0]) if final_gradient is None else final_gradient
         inputs_gradient = torch.empty_like(inputs)
         totals = [torch.zeros_like(parameter) for parameter in parameters]
-        for block in reversed(_blocks(inputs.shape[1], block_length(carried))):
+        for block in reversed(blocks_of(inputs.shape[1], block_length(carried))):
             block_cuts = None if cuts is None else cuts[:, block]
             previous = cut(states[:, block], block_cuts)
             jacobian, pullback = ctx.cell.pullback(previous, inputs[:, block].to(states.dtype), parameters)
