@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from kernels.segments import Segments
 from pretrain.models.registry import MixerConfig
 
 State = dict[str, Tensor]
@@ -130,13 +131,17 @@ class SequenceMixer(MeasuredModule):
             state[name] = torch.zeros(batch_size, *shape, dtype=torch.float32, device=device)
         return state
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         """One call.
 
         Args:
             hidden: ``(sequence, batch, hidden_size)``; under sequence parallelism this rank's part of the
                 sequence, while ``documents`` always describes the whole of it.
-            state: as returned by an earlier call, or None at the beginning.
+            state: as returned by an earlier call, or None at the beginning. A mixer whose configuration says
+                ``exchanges_segments`` may also find where this call's tokens stand among segments of the same
+                sequences on other ranks, which make the same call; it asks those for the state.
             documents: where documents begin; None: nowhere within this call.
 
         Returns:

@@ -10,7 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from kernels.conv1d import causal_conv1d
+from kernels.conv1d.segments import state_before_segment as inputs_before_segment
 from kernels.newton_rnn import NewtonReport
+from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
 from pretrain.models.newton_config import NewtonBlockConfig
@@ -195,14 +197,20 @@ class NewtonBlock(SequenceMixer):
         """
         raise NotImplementedError(f"{type(self).__name__} must solve its recurrence")
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         inputs, output_gate = self.projections(hidden)
         starts = None if documents is None else documents.starts
+        inputs = inputs.transpose(0, 1)
+        before = state["convolution"] if isinstance(state, dict) else None
+        if isinstance(state, Segments):
+            before = inputs_before_segment(state, inputs, self.config.convolution_width, starts)
         convolved, window = causal_conv1d(
-            inputs.transpose(0, 1),
+            inputs,
             self.convolution_weight,
             self.convolution_bias,
-            initial_state=None if state is None else state["convolution"],
+            initial_state=before,
             document_starts=starts,
             activation="silu",
         )
@@ -212,11 +220,13 @@ class NewtonBlock(SequenceMixer):
             self.input_map,
             self.bias.unflatten(1, (self.local_heads, self.head_size)),
         )
-        options = {
+        options: dict[str, Any] = {
             "iterations": self.config.newton_iterations,
             "max_iterations": self.config.newton_max_iterations,
             "tolerance": self.config.newton_tolerance,
         }
+        if isinstance(state, Segments):
+            state, options["segments"] = None, state
         recurrent, final, report = self.solve(gates.view(batch, length, GATES, -1), state, starts, options)
         self.newton.add(report)
         gated = self.norm(recurrent.transpose(0, 1)) * nn.functional.silu(output_gate.float())

@@ -5,6 +5,8 @@ Both are one block (:mod:`pretrain.models.newton_block`) around two cells.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from pretrain.models.registry import MixerConfig, MixerCost
@@ -14,6 +16,8 @@ _FLOAT32 = 4
 
 class NewtonBlockConfig(MixerConfig):
     """Settings of a block around an elementwise nonlinear recurrence (ParaRNN, arXiv 2510.21450)."""
+
+    exchanges_segments: ClassVar[bool] = True
 
     num_heads: int = Field(ge=1, description="blocks of the block-diagonal map from convolution to gates")
     expansion: float = Field(1.0, gt=0, description="channels of the recurrence over hidden_size")

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 
@@ -49,7 +49,14 @@ class StrictModel(pydantic.BaseModel):
 
 
 class MixerConfig(StrictModel):
-    """Base of a mixer's configuration; subclasses add ``type: Literal[name]`` and their fields."""
+    """Base of a mixer's configuration; subclasses add ``type: Literal[name]`` and their fields.
+
+    Attributes:
+        exchanges_segments: whether ranks that hold segments of the same sequences can all run this mixer at once, each
+            asking the others for the state before its own; else each waits for the state of the one before.
+    """
+
+    exchanges_segments: ClassVar[bool] = False
 
     def problem(self, hidden_size: int, tensor_parallel: int) -> str | None:
         """One sentence about why this mixer cannot have this width or be split over this many ranks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from pretrain.models.registry import MixerConfig
 
 class AttentionConfig(MixerConfig):
     """Causal softmax attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    exchanges_segments: ClassVar[bool] = True
 
     type: Literal["attention"] = "attention"
     num_heads: int = Field(ge=1, description="number of query heads")

@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from kernels.segments import Segments
 from pretrain.models.attention.attend import attend
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.attention.rotary import angles, rotate
@@ -22,6 +23,24 @@ def positions_of(state: State | None, documents: Documents | None, length: int, 
         return positions
     latest = torch.where(documents.starts, index, -1).cummax(1).values
     return torch.where(latest < 0, positions, index - latest)
+
+
+def open_document_length(segments: Segments, documents: Documents | None, like: Tensor) -> Tensor:
+    """How many tokens of the document that this segment goes on with are in earlier ones: (batch,) float32.
+
+    Args:
+        like: ``(batch, sequence, ...)``, for sizes and device.
+    """
+    batch, length = like.shape[:2]
+    begins = torch.zeros(batch, device=like.device)
+    tail = torch.full((batch,), float(length), device=like.device)
+    if documents is not None:
+        latest = documents.starts * torch.arange(1, length + 1, device=like.device)
+        begins, tail = documents.starts.any(1).float(), length + 1 - latest.amax(1).clamp(min=1).float()
+    before = torch.zeros_like(tail)
+    for begins_there, tail_there in segments.all_gather(torch.stack([begins, tail]))[: segments.rank]:
+        before = torch.where(begins_there > 0, tail_there, before + tail_there)
+    return before
 
 
 class Attention(SequenceMixer):
@@ -94,6 +113,22 @@ class Attention(SequenceMixer):
             found.append(tensor)
         return found
 
+    def _with_earlier_segments(self, segments: Segments, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Keys and values of earlier segments, as far as this one sees them, and its own; how many are in front."""
+        both, length, window = torch.stack([key, value]), key.shape[1], self.config.sliding_window
+        reach = segments.size * length if window is None else window - 1
+        if reach == 0:
+            return key, value, 0
+        if reach <= length:
+            # On the first rank zeros, which no token's position lets it see.
+            both = torch.cat([segments.from_previous(both[:, :, length - reach :]), both], 2)
+            return *both.unbind(), reach
+        # Its own come back with the others', so that the gradients of all ranks are summed in one call.
+        gathered = segments.gathered(both)[: segments.rank + 1]
+        both = gathered.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+        past = min(reach, segments.rank * length)
+        return *both[:, :, segments.rank * length - past :].unbind(), past
+
     def _used(self, rows: Tensor) -> Tensor:
         """Of keys or values ``(batch, tokens, heads, size)``, the heads that this rank's query heads see, in turn."""
         used = list(dict.fromkeys(self.key_of_head))
@@ -114,19 +149,29 @@ class Attention(SequenceMixer):
         reach = positions if window is None else positions.clamp(max=window - 1)
         return (torch.arange(past, past + length, device=positions.device) - reach).clamp(min=0)
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         query, key, value = self._projected(hidden)
         batch, length = query.shape[:2]
+        segments = None
+        if isinstance(state, Segments):
+            segments, state = state, {"position": open_document_length(state, documents, query)}
         positions = positions_of(state, documents, length, hidden.device)
         if self.rotary_size:
             cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base)
             query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
 
-        past = 0 if state is None else state["key"].shape[1]
-        kept_key, kept_value = key.float(), value.float()
-        if past:
-            kept_key, kept_value = torch.cat([state["key"], kept_key], 1), torch.cat([state["value"], kept_value], 1)
-            key, value = kept_key.to(key.dtype), kept_value.to(value.dtype)
+        if segments is not None:
+            key, value, past = self._with_earlier_segments(segments, key, value)
+            kept_key, kept_value = key.float(), value.float()
+        else:
+            past = 0 if state is None else state["key"].shape[1]
+            kept_key, kept_value = key.float(), value.float()
+            if past:
+                kept_key = torch.cat([state["key"], kept_key], 1)
+                kept_value = torch.cat([state["value"], kept_value], 1)
+                key, value = kept_key.to(key.dtype), kept_value.to(value.dtype)
         mixed = attend(
             query, self._used(key), self._used(value), self._earliest(positions, past, documents), self.scale
         )

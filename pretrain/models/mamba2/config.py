@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from pretrain.models.registry import MixerConfig
 
 class Mamba2Config(MixerConfig):
     """State-space mixer with a scalar decay per head (Dao and Gu 2024, arXiv 2405.21060)."""
+
+    exchanges_segments: ClassVar[bool] = True
 
     type: Literal["mamba2"] = "mamba2"
     head_size: int = Field(64, ge=1, description="channels of a head")

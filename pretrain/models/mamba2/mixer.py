@@ -9,7 +9,10 @@ from megatron.core import parallel_state
 from torch import Generator, Tensor, nn
 
 from kernels.conv1d import causal_conv1d
+from kernels.conv1d.segments import state_before_segment as inputs_before_segment
+from kernels.segments import Segments
 from kernels.ssd import ssd
+from kernels.ssd.segments import state_before_segment
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mamba2.config import Mamba2Config
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
@@ -133,7 +136,9 @@ class Mamba2(SequenceMixer):
             return groups
         return groups[..., self.group_of_head, :]
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         # One convolution over values, keys and queries; each part has weights and a state of its own.
         gate, channels, step = self.projections(hidden, joined=CONVOLVED)
         starts = None if documents is None else documents.starts
@@ -144,11 +149,13 @@ class Mamba2(SequenceMixer):
         bias = None
         if self.config.convolution_bias:
             bias = torch.cat([getattr(self, f"{name}_convolution_bias") for name in CONVOLVED])
-        before = None
-        if state is not None:
+        channels, before = channels.transpose(0, 1), None
+        if isinstance(state, Segments):
+            before = inputs_before_segment(state, channels, self.config.convolution_width, starts)
+        elif state is not None:
             before = torch.cat([state[f"{name}_convolution"] for name in CONVOLVED], dim=-1)
         outputs, window = causal_conv1d(
-            channels.transpose(0, 1),
+            channels,
             weight,
             bias,
             initial_state=before,
@@ -158,14 +165,20 @@ class Mamba2(SequenceMixer):
         for name, part, end in zip(CONVOLVED, outputs.split(sizes, -1), window.split(sizes, -1), strict=True):
             convolved[name] = part
             final[f"{name}_convolution"] = end
-        recurrent, final["matrix"] = ssd(
+        written = (
             convolved["value"].unflatten(-1, (self.local_heads, self.config.head_size)),
             nn.functional.softplus(step.float() + self.step_size_bias).transpose(0, 1),
             -torch.exp(self.log_decay_rate),
             self._groups_of_heads(convolved["key"]),
+        )
+        initial = state["matrix"] if isinstance(state, dict) else None
+        if isinstance(state, Segments):
+            initial = state_before_segment(state, *written, starts)
+        recurrent, final["matrix"] = ssd(
+            *written,
             self._groups_of_heads(convolved["query"]),
             skip=self.skip,
-            initial_state=None if state is None else state["matrix"],
+            initial_state=initial,
             document_starts=starts,
             chunk_size=self.config.chunk_size,
         )

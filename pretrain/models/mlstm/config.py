@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from pretrain.models.registry import MixerConfig
 
 class MLSTMConfig(MixerConfig):
     """mLSTM with exponential input gate, per-head norm and output gate (xLSTM-7B, arXiv 2503.13427)."""
+
+    exchanges_segments: ClassVar[bool] = True
 
     type: Literal["mlstm"] = "mlstm"
     num_heads: int = Field(ge=1, description="number of heads, each with its own matrix memory")

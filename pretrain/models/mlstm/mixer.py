@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.mlstm import MLSTMState, mlstm
+from kernels.mlstm.segments import state_before_segment
+from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
 from pretrain.models.mlstm.config import MLSTMConfig
@@ -80,16 +82,27 @@ class MLSTM(SequenceMixer):
         """``(sequence, batch, channels)`` to ``(batch, sequence, heads, head_size)``, no copy."""
         return tensor.unflatten(-1, (self.local_heads, head_size)).transpose(0, 1)
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         query, key, value, output_gate, input_gate, forget_gate = self.projections(hidden)
-        cell, final = mlstm(
-            self._heads(query, self.query_key_head),
+        query = self._heads(query, self.query_key_head)
+        written = (
             self._heads(key, self.query_key_head),
             self._heads(value, self.value_head),
             self._gate(input_gate, self.input_gate_bias),
             self._gate(forget_gate, self.forget_gate_bias),
-            initial_state=None if state is None else MLSTMState(**state),
-            document_starts=None if documents is None else documents.starts,
+        )
+        starts = None if documents is None else documents.starts
+        if isinstance(state, Segments):
+            initial = state_before_segment(state, *written, starts)
+        else:
+            initial = None if state is None else MLSTMState(**state)
+        cell, final = mlstm(
+            query,
+            *written,
+            initial_state=initial,
+            document_starts=starts,
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,
         )

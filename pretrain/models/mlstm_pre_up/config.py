@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from pretrain.models.registry import MixerConfig
 
 class MLSTMPreUpConfig(MixerConfig):
     """mLSTM between an up and a down projection (xLSTM, arXiv 2405.04517); its block takes no channel mixer."""
+
+    exchanges_segments: ClassVar[bool] = True
 
     type: Literal["mlstm_pre_up"] = "mlstm_pre_up"
     num_heads: int = Field(ge=1, description="number of heads, each with its own matrix memory")

@@ -9,7 +9,10 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from kernels.conv1d import causal_conv1d
+from kernels.conv1d.segments import state_before_segment as inputs_before_segment
 from kernels.mlstm import MLSTMState, mlstm
+from kernels.mlstm.segments import state_before_segment
+from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
 from pretrain.models.mlstm_pre_up.config import MLSTMPreUpConfig
@@ -104,25 +107,38 @@ class MLSTMPreUp(SequenceMixer):
         input_gate, forget_gate = sums.unflatten(-1, (-1, 2)).transpose(0, 1).unbind(-1)
         return input_gate + self.input_gate_bias, forget_gate + self.forget_gate_bias
 
-    def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
+    def forward(
+        self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
+    ) -> tuple[Tensor, State]:
         starts = None if documents is None else documents.starts
         inner, output_gate = self.projections(hidden)
+        by_token = inner.transpose(0, 1)
+        before = state["window"] if isinstance(state, dict) else None
+        if isinstance(state, Segments):
+            before = inputs_before_segment(state, by_token, self.config.convolution_width, starts)
         convolved, window = causal_conv1d(
-            inner.transpose(0, 1),
+            by_token,
             self.convolution_weight,
             self.convolution_bias,
-            initial_state=None if state is None else state["window"],
+            initial_state=before,
             document_starts=starts,
             activation="silu",
         )
         convolved = convolved.transpose(0, 1)
         query, key = self._project(convolved, self.query_weight, self.key_weight)
         (value,) = self._project(inner, self.value_weight)
+        gates = self._gates([query, key, value])
         heads = (self.local_heads, self.head_size)
+        query, key, value = (tensor.unflatten(-1, heads).transpose(0, 1) for tensor in (query, key, value))
+        initial = MLSTMState(*(state[name] for name in STATE)) if isinstance(state, dict) else None
+        if isinstance(state, Segments):
+            initial = state_before_segment(state, key, value, *gates, starts)
         cell, final = mlstm(
-            *(tensor.unflatten(-1, heads).transpose(0, 1) for tensor in (query, key, value)),
-            *self._gates([query, key, value]),
-            initial_state=None if state is None else MLSTMState(*(state[name] for name in STATE)),
+            query,
+            key,
+            value,
+            *gates,
+            initial_state=initial,
             document_starts=starts,
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,

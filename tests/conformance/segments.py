@@ -1,0 +1,49 @@
+"""Segments of a sequence on several ranks, for mixers that exchange what is before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.segments import Segments
+from pretrain.models.mixer import Documents
+from tests.conformance.cases import Case
+from tests.conformance.checks import random_starts
+from tests.conformance.tools import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    assert_all_close,
+    assert_close,
+    assert_every_parameter_matters,
+    build,
+    gradients,
+    random_hidden,
+    weighted_sum,
+)
+from tests.segment_threads import on_segments
+
+
+def segments(case: Case, size: int, scheme: str, has_documents: bool) -> None:
+    """Ranks that each call the mixer with a segment have the outputs and gradients of one call."""
+    mixer, *copies = [build(case) for _ in range(size + 1)]
+    each = 7
+    hidden = random_hidden(case, size * each, 3).requires_grad_()
+    starts = random_starts(case, size * each) if has_documents else None
+    output, _ = mixer(hidden, None, None if starts is None else Documents(starts))
+    expected = gradients(weighted_sum(case, {"output": output}), mixer, {"hidden": hidden})
+    assert_every_parameter_matters(mixer, expected)
+    (cotangent,) = torch.autograd.grad(weighted_sum(case, {"output": output}), output)
+
+    def work(place: Segments) -> tuple[Tensor, dict[str, Tensor]]:
+        own, here = copies[place.rank], slice(place.rank * each, (place.rank + 1) * each)
+        part = hidden[here].detach().clone().requires_grad_()
+        documents = None if starts is None else Documents(starts[:, here])
+        mixed, _ = own(part, place, documents)
+        return mixed.detach(), gradients((mixed * cotangent[here]).sum(), own, {"hidden": part})
+
+    outputs, found = zip(*on_segments(size, scheme, work), strict=True)
+    assert_close(torch.cat(outputs), output, OUTPUT_TOLERANCE, "output")
+    joined = {name: sum(part[name] for part in found) for name, _ in mixer.named_parameters()}
+    joined["hidden"] = torch.cat([part["hidden"] for part in found])
+    # Sums over segments round once more; kernels/test_segments.py compares the exchange itself in float64.
+    assert_all_close(joined, expected, 2 * GRADIENT_TOLERANCE, "gradient")
