@@ -133,6 +133,11 @@ class ModelConfig(StrictModel):
         """The blocks that ``layers`` names, each once, in order."""
         return [self.blocks[name] for name in dict.fromkeys(self.layers)]
 
+    def mixers_that_wait(self) -> list[str]:
+        """Types of sequence mixers that can only wait for the state before their segment, each once."""
+        mixers = [block.mixer for block in self.blocks_in_use() if block.mixer is not None]
+        return list(dict.fromkeys(mixer.type for mixer in mixers if not mixer.exchanges_segments))
+
     def carried_channels(self) -> dict[str, int]:
         """What flows from layer to layer beside the hidden states: float32 channels per token, by name, in order."""
         channels = [block.channel for block in self.blocks_in_use() if block.channel is not None]
@@ -147,8 +152,12 @@ class ParallelConfig(StrictModel):
         False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
     )
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
-    context: int = Field(
-        1, ge=1, description="context-parallel size: each sequence split over ranks, states handed from one to the next"
+    context: int = Field(1, ge=1, description="context-parallel size: each sequence split over ranks")
+    context_scheme: Literal["auto", "chain", "gather", "scan"] = Field(
+        "auto",
+        description="how ranks learn the state before their segment: chain: each layer waits for the rank before; "
+        "gather: every rank gets every segment's summary at once; scan: in log2 rounds; auto: gather, above 8 ranks "
+        "scan, and chain where a mixer of the model can only wait",
     )
     expert: int = Field(
         1, ge=1, description="expert-parallel size: routed experts split over so many data-parallel ranks"
@@ -172,12 +181,6 @@ class ParallelConfig(StrictModel):
                 f"zero={self.zero} does not go with pipeline={self.pipeline}: ZeRO-2 would save nothing, because "
                 f"a pipeline stage keeps its whole gradients until its last micro-batch, and ZeRO-3's collective "
                 f"calls deadlock against the stages' sends; use zero=0 or zero=1, or pipeline=1"
-            )
-        if self.context > 1 and self.zero >= 2:
-            raise ValueError(
-                f"zero={self.zero} does not go with context={self.context}: ranks wait for each other's states, and "
-                f"collective calls of ZeRO-2's backward and ZeRO-3's forward in between would wait for ever; use "
-                f"zero=0 or zero=1, or context=1"
             )
         if self.expert > 1 and self.zero == 3:
             raise ValueError(
@@ -280,6 +283,21 @@ class Config(StrictModel):
             raise ValueError(problem)
         return self
 
+    @property
+    def context_scheme(self) -> str:
+        """How ranks that hold segments of a sequence learn what is before them: ``chain``, ``gather`` or ``scan``."""
+        if self.parallel.context_scheme != "auto":
+            return self.parallel.context_scheme
+        if self.model.mixers_that_wait():
+            return "chain"
+        return "gather" if self.parallel.context <= 8 else "scan"
+
+    def sequence_lengths(self) -> list[tuple[str, int]]:
+        """Every length that sequences have in the run, with the key that says so."""
+        lengths = [("data.sequence_length", self.data.sequence_length)]
+        phases = [("data.curriculum: sequence_length", phase.sequence_length) for phase in self.data.curriculum]
+        return lengths + [(key, length) for key, length in phases if length is not None]
+
 
 def _layout_problem(config: Config) -> str | None:
     model, parallel = config.model, config.parallel
@@ -288,10 +306,8 @@ def _layout_problem(config: Config) -> str | None:
             f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}; "
             f"every stage holds the same number of layers"
         )
-    lengths = [("data.sequence_length", config.data.sequence_length)]
-    lengths += [("data.curriculum: sequence_length", phase.sequence_length) for phase in config.data.curriculum]
-    for key, length in lengths:
-        if parallel.sequence and length is not None and length % parallel.tensor:
+    for key, length in config.sequence_lengths():
+        if parallel.sequence and length % parallel.tensor:
             return (
                 f"{key}={length} is not divisible by parallel.tensor={parallel.tensor}, which parallel.sequence=true "
                 f"needs"
@@ -305,10 +321,12 @@ def _layout_problem(config: Config) -> str | None:
     problem = model.block_problem(parallel.tensor)
     if problem:
         return f"model.{problem}"
-    return _context_problem(model, parallel.context) or _expert_problem(model, parallel.expert)
+    return _context_problem(config) or _expert_problem(model, parallel.expert)
 
 
-def _context_problem(model: ModelConfig, context_parallel: int) -> str | None:
+def _context_problem(config: Config) -> str | None:
+    model, parallel = config.model, config.parallel
+    context_parallel = parallel.context
     if context_parallel == 1:
         return None
     if model.hierarchy is not None:
@@ -322,6 +340,27 @@ def _context_problem(model: ModelConfig, context_parallel: int) -> str | None:
                 f"parallel.context={context_parallel} does not go with the routed experts of model.blocks.{name}: "
                 f"their balance loss is of whole sequences; set parallel.context to 1"
             )
+    waiting = model.mixers_that_wait()
+    if parallel.zero >= 2 and (waiting or config.context_scheme == "chain"):
+        why = f"its {', '.join(waiting)} layers" if waiting else "with parallel.context_scheme=chain all layers"
+        return (
+            f"parallel.zero={parallel.zero} does not go with parallel.context={context_parallel} for this model: "
+            f"{why} wait for the state of the rank before, and collective calls of ZeRO-{parallel.zero} in between "
+            f"would wait for ever; use zero=0 or zero=1, or context=1"
+        )
+    multiple = parallel.tensor if parallel.sequence else 1
+    for name, block in model.blocks.items():
+        if block.mixer is None or config.context_scheme == "chain" or not block.mixer.exchanges_segments:
+            continue
+        shortest = block.mixer.shortest_segment()
+        for key, length in config.sequence_lengths():
+            segment = -(-length // (context_parallel * multiple)) * multiple
+            if segment < shortest:
+                return (
+                    f"{key}={length} over parallel.context={context_parallel} ranks leaves {segment} tokens a rank, "
+                    f"and the convolution of model.blocks.{name}.mixer looks back {shortest}; use fewer ranks, longer "
+                    f"sequences, or parallel.context_scheme=chain"
+                )
     return None
 
 

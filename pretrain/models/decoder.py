@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.packing import Batch
+from kernels.segments import ProcessSegments, Segments
 from pretrain.config.schema import BlockConfig, ModelConfig
 from pretrain.models.carried import initial_carried, pack, packed_channels, unpack, with_auxiliary_loss
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
@@ -89,7 +90,9 @@ class Decoder(nn.Module):
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.input_tensor: Tensor | None = None
         self.compute_dtype = megatron.pipeline_dtype
-        self.chain = SegmentChain() if parallel_state.get_context_parallel_world_size() > 1 else None
+        # Set where ranks hold segments of the same sequences: who hands on states, and who asks for them.
+        self.chain: SegmentChain | None = None
+        self.segments: Segments | None = None
 
         # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
         vocabulary = padded_size(model.vocab_size)
@@ -129,6 +132,17 @@ class Decoder(nn.Module):
         elif self.is_last_stage:
             head = ParameterSpec(small_normal(model.embedding_size), shard_dimension=0, split_size=model.vocab_size)
             self.head = ColumnParallelProjection(model.embedding_size, vocabulary, head, megatron)
+
+    def hold_segments(self, scheme: str) -> None:
+        """Makes this rank's sequences segments of whole ones, which the ranks of its context-parallel group hold.
+
+        Args:
+            scheme: ``chain``: every layer waits for the state of the rank before; ``gather`` or ``scan``: layers whose
+                mixers exchange what is before them do that (:class:`kernels.segments.Segments`), and only others wait.
+        """
+        self.chain = SegmentChain()
+        if scheme != "chain":
+            self.segments = ProcessSegments(parallel_state.get_context_parallel_group(), scheme)
 
     def _context(self, layer: int) -> LayerContext:
         """Where a layer of ``model.layers`` stands."""
@@ -216,7 +230,9 @@ class Decoder(nn.Module):
         for layer, block in self.layers.items():
             state = None if states is None else states.get(layer)
             passes_on = self.chain is not None and block.mixer is not None
-            if passes_on:
+            if passes_on and self.segments is not None and block.mixer.config.exchanges_segments:
+                state, passes_on = self.segments, False
+            elif passes_on:
                 # Outside of what is recomputed: a message is sent once.
                 state = self.chain.receive_state(block.mixer, hidden)
             if self.config.recompute_granularity is not None and torch.is_grad_enabled():
@@ -225,7 +241,7 @@ class Decoder(nn.Module):
                 hidden, state, carried = block(hidden, state, documents, carried)
             if passes_on:
                 hidden = self.chain.send_state(block.mixer, hidden, state)
-            if state is not None and keep_states:
+            if keep_states and state is not None:
                 final[layer] = state
         return hidden, carried, final
 

@@ -44,6 +44,9 @@ class NewtonBlockConfig(MixerConfig):
         """Channels of the recurrence."""
         return int(hidden_size * self.expansion)
 
+    def shortest_segment(self) -> int:
+        return self.convolution_width - 1
+
     def problem(self, hidden_size: int, tensor_parallel: int) -> str | None:
         inner = self.inner_size(hidden_size)
         if inner == 0 or inner % self.num_heads:

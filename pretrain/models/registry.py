@@ -78,6 +78,10 @@ class MixerConfig(StrictModel):
         """How many experts expert parallelism splits over ranks; 0: this mixer has none."""
         return 0
 
+    def shortest_segment(self) -> int:
+        """Fewest tokens of a segment with which this mixer exchanges what is before it."""
+        return 1
+
     @classmethod
     def examples(cls, hidden_size: int) -> list[MixerConfig]:
         """Small configurations of this mixer for ``hidden_size``, for the conformance tests."""

@@ -12,7 +12,10 @@ from pretrain.parallel.topology import Topology, megatron_config
 
 def build_model(config: Config) -> Decoder:
     """This rank's part of the model on the CPU, not yet filled; the groups must exist."""
-    return build_decoder(config.model, megatron_config(config))
+    model = build_decoder(config.model, megatron_config(config))
+    if config.parallel.context > 1:
+        model.hold_segments(config.context_scheme)
+    return model
 
 
 def build_engine(model: Decoder, config: Config, topology: Topology) -> Engine:

@@ -46,21 +46,45 @@ def sections(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "recompute", "length"),
+    ("layout", "scheme", "recompute", "length"),
     [
-        ("context2_zero0", "none", 13),
-        ("context4_zero1", "block", 13),
-        ("context4_zero1", "none", 16),
-        ("context2_pipeline2_zero1", "none", 13),
-        ("context2_tensor2_sequence_zero1", "block", 16),
+        ("context2_zero0", "auto", "none", 13),
+        ("context4_zero1", "chain", "block", 13),
+        ("context4_zero1", "scan", "none", 13),
+        ("context4_zero1", "gather", "block", 16),
+        ("context2_pipeline2_zero1", "gather", "none", 13),
+        ("context2_tensor2_sequence_zero1", "scan", "block", 16),
     ],
 )
-def test_every_mixer_takes_the_steps_of_one_process(layout, recompute, length, worker_pools, one_process) -> None:
+def test_every_mixer_takes_the_steps_of_one_process(
+    layout, scheme, recompute, length, worker_pools, one_process
+) -> None:
     processes, parallel = LAYOUTS[layout]
+    parallel = parallel | {"context_scheme": scheme}
     overrides = {"parallel": parallel, "model": MODEL, "train": {"recompute": recompute}}
     overrides["data"] = {"sequence_length": length}
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=sections(overrides), steps=STEPS)
     assert_same_run(results, one_process(length), relative=1e-5, weights=5e-5)
+
+
+def mixers_only(*blocks: dict[str, Any]) -> dict[str, Any]:
+    named = {f"block{index}": block for index, block in enumerate(blocks)}
+    return {"hidden_size": 32, "layers": list(named), "num_layers": len(named), "blocks": named}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "context", "scheme"),
+    [
+        (({"mixer": {"type": "mamba2", "head_size": 16}}, {"channel": {"type": "mlp"}}), 2, "gather"),
+        (({"mixer": {"type": "mamba2", "head_size": 16}},), 16, "scan"),
+        (({"mixer": {"type": "mamba2", "head_size": 16}}, {"mixer": {"type": "slstm", "num_heads": 2}}), 2, "chain"),
+    ],
+)
+def test_the_scheme_follows_from_the_mixers_and_the_ranks(blocks, context: int, scheme: str) -> None:
+    config = tiny_config(
+        **sections({"parallel": {"context": context}, "model": mixers_only(*blocks), "data": {"sequence_length": 256}})
+    )
+    assert config.context_scheme == scheme
 
 
 @pytest.mark.parametrize(("length", "count", "multiple"), [(16, 4, 1), (13, 4, 1), (13, 2, 4), (3, 4, 1)])
@@ -83,8 +107,17 @@ def test_what_cannot_be_cut_is_refused() -> None:
     }
     with pytest.raises(InputError, match="parallel.context=2 does not go with the routed experts of model.blocks.only"):
         tiny_config(parallel={"context": 2}, model={"hidden_size": 32, "layers": ["only"], "blocks": {"only": moe}})
-    with pytest.raises(InputError, match="zero=2 does not go with context=2"):
-        tiny_config(parallel={"context": 2, "zero": 2})
+    waiting = mixers_only({"mixer": {"type": "mamba2", "head_size": 16}}, {"mixer": {"type": "slstm", "num_heads": 2}})
+    with pytest.raises(
+        InputError, match="zero=2 does not go with parallel.context=2 .* its slstm layers wait"
+    ):
+        tiny_config(parallel={"context": 2, "zero": 2, "context_scheme": "gather"}, model=waiting)
+    with pytest.raises(InputError, match="with parallel.context_scheme=chain all layers wait for the state"):
+        tiny_config(parallel={"context": 2, "zero": 3, "context_scheme": "chain"})
+    convolution = mixers_only({"mixer": {"type": "mamba2", "head_size": 16}})
+    short = sections({"parallel": {"context": 8}, "model": convolution, "data": {"sequence_length": 16}})
+    with pytest.raises(InputError, match="data.sequence_length=16 over parallel.context=8 ranks leaves 2 tokens"):
+        tiny_config(**short)
 
 
 def test_a_plan_holds_a_segment_of_each_sequence() -> None:

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2_data2_sequence_zero3": (4, {"tensor": 2, "sequence": True, "zero": 3}),
     "context2_zero0": (2, {"context": 2, "zero": 0}),
     "context2_zero1": (2, {"context": 2, "zero": 1}),
+    "context2_zero3": (2, {"context": 2, "zero": 3}),
     "context4_zero1": (4, {"context": 4, "zero": 1}),
     "context2_data2_zero1": (4, {"context": 2, "zero": 1}),
     "context2_pipeline2_zero1": (4, {"context": 2, "pipeline": 2, "zero": 1}),

@@ -38,6 +38,9 @@ class Mamba2Config(MixerConfig):
         """Channels of all heads."""
         return self.heads(hidden_size) * self.head_size
 
+    def shortest_segment(self) -> int:
+        return self.convolution_width - 1
+
     def problem(self, hidden_size: int, tensor_parallel: int) -> str | None:
         heads = self.heads(hidden_size)
         if self.num_heads is None and heads * self.head_size != hidden_size * self.expand:

@@ -37,6 +37,9 @@ class MLSTMPreUpConfig(MixerConfig):
         """Width of the cell: of its queries, keys and values, all heads together."""
         return int(hidden_size * self.projection_factor)
 
+    def shortest_segment(self) -> int:
+        return self.convolution_width - 1
+
     def problem(self, hidden_size: int, tensor_parallel: int) -> str | None:
         inner = self.inner_size(hidden_size)
         for name, parts in (("num_heads", self.num_heads), ("projection_block_size", self.projection_block_size)):
