@@ -10,6 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from pretrain.models.registry import MixerConfig, MixerCost
+from pretrain.models.segment_messages import SegmentMessage, window_before
 
 _FLOAT32 = 4
 
@@ -126,3 +127,20 @@ def block_cost(
             inner * (bytes_per_element * (3 + 3 + 2) + _FLOAT32 * (2 + state_size + state_size**2))
         ),
     )
+
+
+def block_messages(config: NewtonBlockConfig, hidden_size: int, *, state_size: int) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it.
+
+    The convolution's last inputs; a first guess of the last state; then, for each Newton step and the last look at
+    the residual, what the segment does to a correction, its residual and its largest state; backward what it does to
+    a gradient. Where more steps are needed than ``newton_iterations`` it is more.
+    """
+    inner = config.inner_size(hidden_size)
+    state, affine = _FLOAT32 * inner * state_size, _FLOAT32 * inner * (state_size**2 + state_size)
+    return [
+        window_before(inner, config.convolution_width),
+        SegmentMessage("next", state, 0),
+        SegmentMessage("everyone", affine + 2 * _FLOAT32, 0, times=config.newton_iterations + 1),
+        SegmentMessage("everyone", 0, affine),
+    ]

@@ -3,7 +3,8 @@
 A mixer is one folder with
 
 * ``config.py``: ``CONFIG``, a subclass of :class:`MixerConfig` (no torch);
-* ``cost.py``: parameters, FLOPs and bytes from the config alone (no torch), see :class:`MixerCost`;
+* ``cost.py``: parameters, FLOPs and bytes from the config alone (no torch), see :class:`MixerCost`; also
+  ``segment_messages`` where the configuration says ``exchanges_segments``;
 * ``mixer.py``: ``MIXER``, the module class, a subclass of :class:`pretrain.models.mixer.SequenceMixer` or
   :class:`pretrain.models.mixer.ChannelMixer`;
 * ``hf.py``: how its parameters are named in the Hugging Face form.
@@ -24,6 +25,8 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import pydantic
+
+from pretrain.models.segment_messages import SegmentMessage
 
 ROOT = Path(__file__).parent
 
@@ -254,6 +257,11 @@ class MixerFamily:
     def cost(self) -> typing.Callable[..., MixerCost]:
         """``cost(config, hidden_size, sequence_length, bytes_per_element, num_layers) -> MixerCost``."""
         return importlib.import_module(f"{self.package}.cost").cost
+
+    @functools.cached_property
+    def segment_messages(self) -> typing.Callable[..., list[SegmentMessage]]:
+        """``segment_messages(config, hidden_size, segment_length, bytes_per_element)`` of one that exchanges them."""
+        return importlib.import_module(f"{self.package}.cost").segment_messages
 
     @functools.cached_property
     def hugging_face(self) -> ModuleType:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels.segments import Traffic
 from pretrain.models.mixer import SequenceMixer, State
 
 
@@ -30,6 +31,7 @@ class SegmentChain:
         ranks, place = dist.get_process_group_ranks(self.group), parallel_state.get_context_parallel_rank()
         self.previous = ranks[place - 1] if place > 0 else None
         self.next = ranks[place + 1] if place + 1 < len(ranks) else None
+        self.traffic = Traffic()
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def receive_state(self, mixer: SequenceMixer, hidden: Tensor) -> State | None:
@@ -72,6 +74,7 @@ class SegmentChain:
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Fills ``tensor`` with the next message from a neighbour."""
         dist.recv(tensor, rank, group=self.group)
+        self.traffic.add("sizes" if tensor.dtype == torch.int64 else "state", 1, tensor.numel() * tensor.element_size())
 
     def finish(self) -> None:
         """Waits until all that was sent has arrived."""

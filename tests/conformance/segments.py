@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.segments import Segments
 from pretrain.models.mixer import Documents
+from pretrain.models.segment_messages import SegmentTraffic, exchanged
 from tests.conformance.cases import Case
 from tests.conformance.checks import random_starts
 from tests.conformance.tools import (
@@ -24,7 +25,8 @@ from tests.segment_threads import on_segments
 
 
 def segments(case: Case, size: int, scheme: str, has_documents: bool) -> None:
-    """Ranks that each call the mixer with a segment have the outputs and gradients of one call."""
+    """Ranks that each call the mixer with a segment have the outputs and gradients of one call, by as many messages as
+    its costs say."""
     mixer, *copies = [build(case) for _ in range(size + 1)]
     each = 7
     hidden = random_hidden(case, size * each, 3).requires_grad_()
@@ -34,15 +36,24 @@ def segments(case: Case, size: int, scheme: str, has_documents: bool) -> None:
     assert_every_parameter_matters(mixer, expected)
     (cotangent,) = torch.autograd.grad(weighted_sum(case, {"output": output}), output)
 
-    def work(place: Segments) -> tuple[Tensor, dict[str, Tensor]]:
+    def work(place: Segments) -> tuple[Tensor, dict[str, Tensor], SegmentTraffic]:
         own, here = copies[place.rank], slice(place.rank * each, (place.rank + 1) * each)
         part = hidden[here].detach().clone().requires_grad_()
         documents = None if starts is None else Documents(starts[:, here])
         mixed, _ = own(part, place, documents)
-        return mixed.detach(), gradients((mixed * cotangent[here]).sum(), own, {"hidden": part})
+        found = gradients((mixed * cotangent[here]).sum(), own, {"hidden": part})
+        received = SegmentTraffic(place.traffic.messages.total(), place.traffic.bytes.total())
+        return mixed.detach(), found, received
 
-    outputs, found = zip(*on_segments(size, scheme, work), strict=True)
+    outputs, found, received = zip(*on_segments(size, scheme, work), strict=True)
     assert_close(torch.cat(outputs), output, OUTPUT_TOLERANCE, "output")
+    config, figures = case.config, copies[0].take_metrics()
+    if "newton_iterations" in figures:
+        assert figures["newton_fallbacks"] == 0, "shooting takes messages of its own"
+        config = config.model_copy(update={"newton_iterations": int(figures["newton_iterations"])})
+    messages = case.family.segment_messages(config, case.hidden_size, each, 4)
+    expected_traffic = exchanged(messages, scheme, size)
+    assert sum(received, SegmentTraffic(0, 0)) == SegmentTraffic(expected_traffic.messages, 3 * expected_traffic.bytes)
     joined = {name: sum(part[name] for part in found) for name, _ in mixer.named_parameters()}
     joined["hidden"] = torch.cat([part["hidden"] for part in found])
     # Sums over segments round once more; kernels/test_segments.py compares the exchange itself in float64.

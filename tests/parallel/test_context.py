@@ -108,9 +108,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(InputError, match="parallel.context=2 does not go with the routed experts of model.blocks.only"):
         tiny_config(parallel={"context": 2}, model={"hidden_size": 32, "layers": ["only"], "blocks": {"only": moe}})
     waiting = mixers_only({"mixer": {"type": "mamba2", "head_size": 16}}, {"mixer": {"type": "slstm", "num_heads": 2}})
-    with pytest.raises(
-        InputError, match="zero=2 does not go with parallel.context=2 .* its slstm layers wait"
-    ):
+    with pytest.raises(InputError, match="zero=2 does not go with parallel.context=2 .* its slstm layers wait"):
         tiny_config(parallel={"context": 2, "zero": 2, "context_scheme": "gather"}, model=waiting)
     with pytest.raises(InputError, match="with parallel.context_scheme=chain all layers wait for the state"):
         tiny_config(parallel={"context": 2, "zero": 3, "context_scheme": "chain"})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage
 
 _FLOAT32 = 4
 
@@ -78,3 +79,23 @@ def cost(
         # Gradients of queries, keys and values before and after rotation, and of the output.
         working_bytes_per_token=float(bytes_per_element * (2 * projected + queries)),
     )
+
+
+def segment_messages(
+    config: AttentionConfig, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it: keys and values, and how long its open document is.
+
+    A window that the segment before holds whole comes from there alone. Gradients of keys that many ranks see are
+    summed in float32.
+    """
+    both = 2 * config.key_value_heads * config.size_of_head(hidden_size)
+    messages = [SegmentMessage("everyone", 2 * _FLOAT32, 0)]
+    reach = segment_length + 1 if config.sliding_window is None else config.sliding_window - 1
+    if 0 < reach <= segment_length:
+        size = bytes_per_element * both * reach
+        messages.append(SegmentMessage("next", size, size))
+    elif reach:
+        size = both * segment_length
+        messages.append(SegmentMessage("everyone", bytes_per_element * size, _FLOAT32 * size))
+    return messages

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pretrain.models.mamba2.config import Mamba2Config
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage, window_before
 
 _FLOAT32 = 4
 
@@ -74,3 +75,13 @@ def cost(
         # A multiply-add for each tap, and the skip connection's.
         elementwise_scan_flops_per_token=2.0 * window * convolved + 2.0 * inner,
     )
+
+
+def segment_messages(
+    config: Mamba2Config, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it: the convolution's last inputs; state and heads' decays."""
+    inner = config.inner_size(hidden_size)
+    summary = _FLOAT32 * (inner * config.state_size + config.heads(hidden_size))
+    convolved = inner + 2 * config.num_groups * config.state_size
+    return [window_before(convolved, config.convolution_width), SegmentMessage("before", summary, summary)]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from pretrain.models.mlstm.config import MLSTMConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage
 
 _FLOAT32 = 4
 
@@ -89,3 +90,12 @@ def cost(
         + bytes_per_element * projected
         + 2.0 * _FLOAT32 * value,
     )
+
+
+def segment_messages(
+    config: MLSTMConfig, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it: the state from a zero start, and each head's decay."""
+    heads, query_key = config.num_heads, config.query_key_size(hidden_size)
+    summary = query_key * (config.value_size(hidden_size) // heads) + query_key + 2 * heads
+    return [SegmentMessage("before", _FLOAT32 * summary, _FLOAT32 * summary)]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pretrain.models.mlstm.config import MLSTMConfig
 from pretrain.models.mlstm.cost import cost as mlstm_cost
+from pretrain.models.mlstm.cost import segment_messages as cell_messages
 from pretrain.models.mlstm_pre_up.config import MLSTMPreUpConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage, window_before
 
 _FLOAT32 = 4
 
@@ -27,8 +29,7 @@ def cost(
         num_layers: of the whole model; changes nothing here.
     """
     heads, inner, width = config.num_heads, config.inner_size(hidden_size), config.convolution_width
-    same_cell = MLSTMConfig(num_heads=heads, query_key_factor=1.0, value_factor=1.0, chunk_size=config.chunk_size)
-    cell = mlstm_cost(same_cell, inner, sequence_length, bytes_per_element, num_layers)
+    cell = mlstm_cost(_cell(config), inner, sequence_length, bytes_per_element, num_layers)
 
     # Up to the cell's input and the output's gate, and down; queries, keys and values; both gates of each head.
     weights = 3 * hidden_size * inner + 3 * inner * config.projection_block_size + 3 * inner * 2 * heads
@@ -60,3 +61,17 @@ def cost(
         # A multiply-add per tap, the bias, and SiLU.
         elementwise_scan_flops_per_token=inner * (2.0 * width + 4),
     )
+
+
+def _cell(config: MLSTMPreUpConfig) -> MLSTMConfig:
+    """The mixer with the same cell, at the inner width."""
+    return MLSTMConfig(num_heads=config.num_heads, query_key_factor=1.0, value_factor=1.0, chunk_size=config.chunk_size)
+
+
+def segment_messages(
+    config: MLSTMPreUpConfig, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it: the convolution's last inputs, and what the cell does."""
+    inner = config.inner_size(hidden_size)
+    window = window_before(inner, config.convolution_width)
+    return [window, *cell_messages(_cell(config), inner, segment_length, bytes_per_element)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pretrain.models.newton_config import block_cost
+from pretrain.models.newton_config import block_cost, block_messages
 from pretrain.models.para_gru.config import ParaGRUConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage
 
 # Of one step per channel: two gates of a multiply-add, the candidate's a multiplication more, the blend of old
 # and new state as an addition to the old, and three nonlinearities.
@@ -24,3 +25,10 @@ def cost(
         num_layers: of the whole model; changes nothing here.
     """
     return block_cost(config, hidden_size, bytes_per_element, state_size=1, peepholes=0, cell_flops=CELL_FLOPS)
+
+
+def segment_messages(
+    config: ParaGRUConfig, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it; see :func:`block_messages`."""
+    return block_messages(config, hidden_size, state_size=1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pretrain.models.newton_config import block_cost
+from pretrain.models.newton_config import block_cost, block_messages
 from pretrain.models.para_lstm.config import ParaLSTMConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.segment_messages import SegmentMessage
 
 # Of one step per channel: two gates of two multiply-adds and the candidate of one, the blend of old and new cell
 # as an addition to the new, the output gate's product, and four nonlinearities.
@@ -24,3 +25,10 @@ def cost(
         num_layers: of the whole model; changes nothing here.
     """
     return block_cost(config, hidden_size, bytes_per_element, state_size=2, peepholes=2, cell_flops=CELL_FLOPS)
+
+
+def segment_messages(
+    config: ParaLSTMConfig, hidden_size: int, segment_length: int, bytes_per_element: int
+) -> list[SegmentMessage]:
+    """What ranks that hold segments of a sequence say of it; see :func:`block_messages`."""
+    return block_messages(config, hidden_size, state_size=2)
