@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FLOAT32 = 4
@@ -27,6 +27,10 @@ class SegmentMessage:
     forward: float
     backward: float
     times: int = 1
+
+    def forward_only(self) -> SegmentMessage:
+        """The same without what its gradient takes."""
+        return replace(self, backward=0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ def exchanged(messages: Sequence[SegmentMessage], scheme: str, ranks: int) -> Se
             if size:
                 total += SegmentTraffic(1, size) * pairs[message.to] * message.times
     return total
+
+
+def kept(messages: Sequence[SegmentMessage], scheme: str, ranks: int) -> float:
+    """Bytes that the last rank keeps for the backward pass of what others said, of one sequence.
+
+    Summaries of all segments, or both sides of each round; keys and values of all segments in front; windows.
+    """
+    rounds = max(ranks - 2, 0).bit_length()
+    copies = {"before": ranks if scheme == "gather" else 2 * rounds + 1, "next": 1, "everyone": ranks - 1}
+    return sum(copies[message.to] * message.forward for message in messages if message.forward and message.backward)
 
 
 def handed_on(state_bytes: Sequence[float]) -> SegmentTraffic:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain.config.schema import Config, check_world_size
 from pretrain.errors import InputError
+from pretrain.plan.context import ContextPlan, plan_context
 from pretrain.plan.gpus import GPUFit, fit
 from pretrain.plan.memory import BlockCost, Stage, layer_costs, shared_parameters
 
@@ -61,6 +62,7 @@ class Plan:
         gpu: how the heaviest rank compares with a GPU; None unless one was named.
         tokens_per_inner_position: how many tokens a position of the innermost network stands for, as expected; 1
             without a hierarchy.
+        context: what ranks that hold segments of the same sequences send each other; None where each holds whole ones.
     """
 
     parameters: int
@@ -81,6 +83,7 @@ class Plan:
     stages: list[StagePlan]
     gpu: GPUFit | None = None
     tokens_per_inner_position: float = 1.0
+    context: ContextPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for JSON."""
@@ -171,6 +174,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
         stages=stages,
         gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
         tokens_per_inner_position=1.0 / layers[0].positions_per_token,
+        context=plan_context(config, micro_batches),
     )
 
 

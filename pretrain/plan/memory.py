@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from pretrain.config.schema import BlockConfig, Config
 from pretrain.models.registry import HierarchyConfig, MixerConfig, MixerCost, family_of, hierarchy_of
+from pretrain.plan.context import BYTES_PER_ELEMENT, kept_bytes, segment_length
 
 FLOAT32 = 4
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 
 # DeepSpeed's defaults, in elements: its gradient bucket, and the most weights that ZeRO-3 keeps gathered and
 # updates in one piece.
@@ -30,7 +30,8 @@ PARTS = {
     "communication_buffers": "ZeRO 2 and 3: bucket of gradients on their way to their ranks",
     "activations": "kept from the forward for the backward pass, all micro-batches in flight",
     "logits": "float32 logits, their softmax and gradient",
-    "states": "recurrent states before the first token, which cells keep for the backward pass",
+    "states": "recurrent states before the first token, which cells keep for the backward pass, and what ranks with "
+    "other segments of the sequences said of them",
     "working": "held only while one layer runs backward: cast weights, their gradients, the layer's own",
     "optimizer_step": "what the optimizer's step needs beyond what the backward pass has freed by then",
 }
@@ -43,6 +44,7 @@ class BlockCost:
     Attributes:
         positions_per_token: how many positions it has for each token that is read; below 1 within a hierarchy.
         norms: as many as mixers, each before one, unless it is a joint.
+        kept_of_segments: bytes that the last of several ranks keeps of what others said of a sequence.
         is_joint: it is no block, but what joins two stages of a hierarchy: never computed again in the backward pass.
     """
 
@@ -52,6 +54,7 @@ class BlockCost:
     positions_per_token: float
     norms: int
     is_joint: bool = False
+    kept_of_segments: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -87,7 +90,14 @@ def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_p
     states = [
         sum(_mixer_cost(section, config, hidden_size, length).state_bytes for section in sections) for length in (1, 2)
     ]
-    return BlockCost(mixers, hidden_size, 2 * states[0] - states[1], positions_per_token, len(mixers))
+    return BlockCost(
+        mixers,
+        hidden_size,
+        2 * states[0] - states[1],
+        positions_per_token,
+        len(mixers),
+        kept_of_segments=kept_bytes(block, config),
+    )
 
 
 def _mixer_cost(section: MixerConfig, config: Config, hidden_size: int, sequence_length: int) -> MixerCost:
@@ -145,7 +155,7 @@ class Stage:
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch that one rank holds."""
-        return self.config.train.micro_batch_size * -(-self.config.data.sequence_length // self.config.parallel.context)
+        return self.config.train.micro_batch_size * segment_length(self.config)
 
     @property
     def copies(self) -> int:
@@ -241,12 +251,15 @@ class Stage:
         return int(self.tokens * per_token * copies)
 
     def _state_bytes(self) -> int:
+        of_layers = [layer.kept_of_segments for layer in self.layers]
+        is_kept = self.config.train.recompute == "none"
+        kept = sum(of_layers) * self.micro_batches_in_flight if is_kept else max(of_layers)
         # The chunks of a micro-batch stand in one row, which begins with one state.
         rows = self.config.train.micro_batch_size
         states = sum(
             layer.initial_state_bytes * (rows if layer.positions_per_token == 1 else 1) for layer in self.layers
         )
-        return states // self.config.parallel.tensor
+        return int((states + kept * self.config.train.micro_batch_size) / self.config.parallel.tensor)
 
     def _working_bytes(self) -> int:
         """Of the layer, or of the head, that needs most."""

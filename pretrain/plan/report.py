@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.plan.context import ContextPlan
 from pretrain.plan.estimate import Plan
 from pretrain.plan.gpus import USABLE_FRACTION
 from pretrain.plan.memory import PARTS
@@ -34,6 +35,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory(plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
+    if plan.context is not None:
+        console.print(_context(plan.context))
     if plan.gpu is not None:
         gpu = plan.gpu
         verdict = "[green]fits[/green]" if gpu.fits else "[red]does not fit[/red]"
@@ -86,6 +89,19 @@ def _memory(plan: Plan) -> Table:
     for setting, count in heaviest.activation_bytes.items():
         table.add_row(f"[dim]train.recompute={setting}[/dim]", f"[dim]({format_bytes(count)})[/dim]", "[dim]"
                       "activations under this setting; not added up here[/dim]")  # fmt: skip
+    return table
+
+
+def _context(plan: ContextPlan) -> Table:
+    title = f"What a rank is sent about the segments of others, {plan.segment_length:,} tokens each"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("mixer", footer="a step")
+    table.add_column("layers", justify="right")
+    table.add_column("scheme")
+    table.add_column("messages a layer", justify="right")
+    table.add_column("bytes a layer and micro-batch", justify="right", footer=format_bytes(plan.bytes_per_step))
+    for layer in plan.layers:
+        table.add_row(layer.mixer, str(layer.layers), layer.scheme, f"{layer.messages:.4g}", format_bytes(layer.bytes))
     return table
 
 

@@ -125,3 +125,30 @@ def test_a_plan_holds_a_segment_of_each_sequence() -> None:
     assert parts.tokens_per_step == whole.tokens_per_step
     for part, share in (("activations", 4), ("optimizer_moments", 4), ("weights", 1)):
         assert parts.bytes_per_rank_by_part[part] == pytest.approx(whole.bytes_per_rank_by_part[part] / share, rel=0.02)
+
+
+def test_a_plan_says_what_segments_send_each_other() -> None:
+    mamba2 = {"mixer": {"type": "mamba2", "head_size": 16, "state_size": 8, "num_groups": 1, "expand": 2}}
+    model = mixers_only(mamba2, {"channel": {"type": "mlp"}})
+    settings = {"parallel": {"context": 4, "zero": 1}, "model": model, "data": {"sequence_length": 1024}}
+
+    def planned(scheme: str, **train: Any):
+        parallel = settings["parallel"] | {"context_scheme": scheme}
+        return plan(tiny_config(**sections(settings | {"parallel": parallel, "train": train}))).context
+
+    # Four heads of 16 x 8 numbers and a decay each; three inputs of 64 + 8 + 8 convolved channels.
+    summary, window = 4 * (4 * 16 * 8 + 4), 4 * 3 * (64 + 8 + 8)
+    gather, scan, chain = planned("gather"), planned("scan"), planned("chain")
+    assert gather.segment_length == 256 and [layer.mixer for layer in gather.layers] == ["mamba2"]
+    micro_batch = tiny_config().train.micro_batch_size
+    for found, messages, size in (
+        (gather, 2 * (3 + 12), 2 * (3 * window + 12 * summary)),
+        # One message from each rank to the next, then over one and two ranks from the second on.
+        (scan, 2 * (3 + 3 + 2 + 1), 2 * (3 * window + 6 * summary)),
+        (chain, 2 * 3, 2 * 3 * (window + summary - 16)),
+    ):
+        assert found.layers[0].messages == messages / 4
+        assert found.layers[0].bytes == pytest.approx(micro_batch * size / 4)
+    again = planned("gather", recompute="block").layers[0]
+    assert again.bytes == pytest.approx(1.5 * gather.layers[0].bytes)
+    assert plan(tiny_config()).context is None

@@ -1,0 +1,106 @@
+"""What ranks that hold segments of the same sequences send each other in a step. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config.schema import BlockConfig, Config
+from pretrain.models.registry import MixerConfig, family_of
+from pretrain.models.segment_messages import exchanged, handed_on, kept
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """What one rank receives for one layer and micro-batch, forward and backward, averaged over the ranks of a group.
+
+    Attributes:
+        mixer: its type.
+        layers: how many layers of the model are of this kind.
+        scheme: ``chain``, ``gather`` or ``scan``.
+        messages, bytes: received.
+    """
+
+    mixer: str
+    layers: int
+    scheme: str
+    messages: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """What context parallelism sends.
+
+    Attributes:
+        segment_length: tokens of each sequence that a rank holds.
+        layers: one entry for each kind of layer.
+        bytes_per_step: that a rank of the pipeline stage with most layers receives in an optimizer step.
+    """
+
+    segment_length: int
+    layers: list[LayerTraffic]
+    bytes_per_step: float
+
+
+def segment_length(config: Config) -> int:
+    """Tokens of each sequence that a rank holds, padding included."""
+    parallel = config.parallel
+    multiple = parallel.tensor if parallel.sequence else 1
+    return -(-config.data.sequence_length // (parallel.context * multiple)) * multiple
+
+
+def kept_bytes(block: BlockConfig, config: Config) -> float:
+    """What the last rank of a group keeps for the backward pass of what others said, of one sequence and layer."""
+    mixer, ranks, length = block.mixer, config.parallel.context, segment_length(config)
+    if ranks == 1 or mixer is None:
+        return 0.0
+    if config.context_scheme == "chain" or not mixer.exchanges_segments:
+        return float(_state_bytes(mixer, config, length * (ranks - 1)))
+    element = BYTES_PER_ELEMENT[config.train.precision]
+    messages = family_of(mixer).segment_messages(mixer, config.model.hidden_size, length, element)
+    return kept(messages, config.context_scheme, ranks)
+
+
+def plan_context(config: Config, micro_batches: int) -> ContextPlan | None:
+    """What a run's context-parallel ranks receive; None where there is one.
+
+    Args:
+        micro_batches: of a rank in an optimizer step.
+    """
+    if config.parallel.context == 1:
+        return None
+    model = config.model
+    repeats = model.num_layers // len(model.layers)
+    layers = [
+        _of_layers(model.blocks[name].mixer, repeats * model.layers.count(name), config)
+        for name in dict.fromkeys(model.layers)
+        if model.blocks[name].mixer is not None
+    ]
+    # Layers of all kinds stand evenly on the stages.
+    in_a_step = sum(layer.bytes * layer.layers for layer in layers) * micro_batches / config.parallel.pipeline
+    return ContextPlan(segment_length(config), layers, in_a_step)
+
+
+def _of_layers(mixer: MixerConfig, layers: int, config: Config) -> LayerTraffic:
+    ranks, length = config.parallel.context, segment_length(config)
+    scheme = config.context_scheme if mixer.exchanges_segments else "chain"
+    if scheme == "chain":
+        of_sequence = handed_on([_state_bytes(mixer, config, length * count) for count in range(1, ranks)])
+    else:
+        element = BYTES_PER_ELEMENT[config.train.precision]
+        messages = family_of(mixer).segment_messages(mixer, config.model.hidden_size, length, element)
+        of_sequence = exchanged(messages, scheme, ranks)
+        if config.train.recompute == "block":
+            # What is computed again is asked for again.
+            of_sequence += exchanged([message.forward_only() for message in messages], scheme, ranks)
+    # A micro-batch's sequences are in one message.
+    size = of_sequence.bytes * config.train.micro_batch_size / config.parallel.tensor
+    return LayerTraffic(mixer.type, layers, scheme, of_sequence.messages / ranks, size / ranks)
+
+
+def _state_bytes(mixer: MixerConfig, config: Config, tokens: int) -> int:
+    """Of one sequence after so many tokens."""
+    model, element = config.model, BYTES_PER_ELEMENT[config.train.precision]
+    return family_of(mixer).cost(mixer, model.hidden_size, tokens, element, model.num_layers).state_bytes
