@@ -52,9 +52,10 @@ class Data:
     """The data of a run.
 
     ``fingerprint`` is a hash of everything that decides what sample i is: the boundary mark, the sequence length,
-    the seed, how many rows go on from batch to batch, and the documents of both splits. Two runs with equal fingerprints read equal samples, wherever their
-    files lie; a run that resumes under another would not continue its data. The sources of a mixture may change
-    during a run, so their documents are hashed apart, by name, in ``source_fingerprints``.
+    the seed, how many rows go on from batch to batch, and the documents of both splits. Two runs with equal
+    fingerprints read equal samples, wherever their files lie; a run that resumes under another would not continue its
+    data. The sources of a mixture may change during a run, so their documents are hashed apart, by name, in
+    ``source_fingerprints``.
     """
 
     train: Samples

@@ -100,7 +100,10 @@ def test_opened_data_go_on_and_have_an_order_of_their_own(text_directory) -> Non
     [
         ({"packing": "best_fit"}, "data.packing=best_fit .* set data.packing to concatenate"),
         ({"stream": {"workers": 0}}, "leave out data.stream, or prepare"),
-        ({"curriculum": [{"from_tokens": 0, "sequence_length": 8}]}, "data.curriculum .* leave out its sequence_length"),
+        (
+            {"curriculum": [{"from_tokens": 0, "sequence_length": 8}]},
+            "data.curriculum .* leave out its sequence_length",
+        ),
     ],
 )
 def test_data_that_cannot_go_on_are_refused(settings, message, text_directory) -> None:
