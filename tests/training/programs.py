@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.config import parse_config
+from pretrain.errors import InputError
 from pretrain.parallel.schedule import BatchLoss
 from pretrain.train import train
 
@@ -15,6 +16,15 @@ def run_training(raw: dict[str, Any], resume: str = "auto") -> tuple[int, bool]:
     """Trains; returns the last step and whether a signal ended it."""
     outcome = train(parse_config(raw, "test"), resume)
     return outcome.step, outcome.stopped_by_signal
+
+
+def run_refused(raw: dict[str, Any], resume: str = "auto") -> str:
+    """Says why a run does not start; fails if it does."""
+    try:
+        train(parse_config(raw, "test"), resume)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("the run started")
 
 
 def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], broken_rank: int) -> str | None:
