@@ -156,6 +156,18 @@ def test_a_skipped_step_leaves_the_states_of_before_it(train, tmp_path) -> None:
     assert any(not torch.equal(later[name], tensor) for name, tensor in after.items() if "stabilizer" in name)
 
 
+def test_states_that_are_not_finite_are_not_gone_on_with(train, tmp_path) -> None:
+    raw = section(corpus(tmp_path), "data2", steps=4, micro_batch_size=1)
+    train(raw, "data2", "run_with_broken_states", broken_step=3, broken_rank=1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not any(line["skipped"] for line in lines)
+    before, after, later = (states_at(tmp_path, step) for step in (2, 3, 4))
+    # Those of the other rank too: a row's state does not depend on which rank reads it.
+    assert before and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(tensor.isfinite().all() for tensor in later.values())
+    assert not torch.equal(later["layers.0.mixer.matrix"], after["layers.0.mixer.matrix"])
+
+
 def test_a_resume_that_would_read_other_samples_is_refused(train, unbroken, tmp_path) -> None:
     directory = cut_after(unbroken, tmp_path, 2)
     before = curve(directory / "run")
