@@ -22,7 +22,7 @@ class Batch:
     document_starts: torch.Tensor  # (B, S) bool: the model's state restarts before this token
     label_bytes: int  # raw bytes that the labels stand for; boundary marks stand for none
     label_count: int  # labels that are not ignored, boundary marks included
-    # (B, S) bool: a word starts at this token, and at the first of every row; None where the tokenizer knows no words.
+    # (B, S) bool: a word starts at this token, and wherever a document does; None where the tokenizer knows no words.
     word_starts: torch.Tensor | None = None
 
     @property
@@ -100,6 +100,8 @@ class Rows:
     valid: np.ndarray  # (B,) int64: so many predictions from the front count
     # (B, S + 1) bool: further places where the state restarts, although no mark stands there; None: there are none.
     starts: np.ndarray | None = None
+    # (B,) bool: the first token follows the last one of another sample, whose state goes on; None: nowhere.
+    goes_on: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,11 @@ class SampleFormat:
         return Rows(np.full(shape, self.boundary_id, dtype=np.int64), np.zeros(count, dtype=np.int64))
 
     def document_starts(self, rows: Rows) -> np.ndarray:
-        """(B, S + 1) bool: at every mark, and at the first token, since nothing is carried between samples."""
+        """(B, S + 1) bool: at every mark, and at the first token, unless the row goes on where another sample ended."""
         starts = rows.tokens == self.boundary_id
         if rows.starts is not None:
             starts |= rows.starts
-        starts[:, 0] = True
+        starts[:, 0] |= True if rows.goes_on is None else ~rows.goes_on
         return starts
 
     def batch(self, rows: Rows) -> Batch:

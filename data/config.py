@@ -257,6 +257,33 @@ class DataConfig(_Config):
             for name, entry in self.mixture.items()
         }
 
+    def why_not_contiguous(self) -> str | None:
+        """Why rows of a batch cannot go on where they ended in the batch before, in one sentence; None where they can.
+
+        They can where consecutive samples are one stream of tokens that may be read at many places at once.
+        """
+        if self.mixture is not None:
+            return (
+                "data.mixture takes each sample from another source than the one before, so no row goes on where it "
+                "ended; give data.source, with all documents prepared into one directory"
+            )
+        if self.packing != "concatenate":
+            return (
+                f"data.packing={self.packing} fills each sample with whole documents, so none goes on in the next; set "
+                f"data.packing to concatenate"
+            )
+        if self.stream is not None:
+            return (
+                "data.stream reads the source from front to back, and each row would go on at a place of its own; "
+                "leave out data.stream, or prepare the data once (pretrain data prepare)"
+            )
+        if any(phase.sequence_length is not None for phase in self.curriculum):
+            return (
+                "data.curriculum cuts samples into shorter rows, each of which begins anew; leave out its "
+                "sequence_length"
+            )
+        return None
+
     def length_at(self, tokens: int) -> int:
         """Length of the rows that the run trains on after so many tokens."""
         length = self.sequence_length

@@ -52,9 +52,10 @@ class Data:
     """The data of a run.
 
     ``fingerprint`` is a hash of everything that decides what sample i is: the boundary mark, the sequence length,
-    the seed, and the documents of both splits. Two runs with equal fingerprints read equal samples, wherever their
-    files lie; a run that resumes under another would not continue its data. The sources of a mixture may change
-    during a run, so their documents are hashed apart, by name, in ``source_fingerprints``.
+    the seed, how many rows go on from batch to batch, and the documents of both splits. Two runs with equal
+    fingerprints read equal samples, wherever their files lie; a run that resumes under another would not continue its
+    data. The sources of a mixture may change during a run, so their documents are hashed apart, by name, in
+    ``source_fingerprints``.
     """
 
     train: Samples
@@ -101,21 +102,26 @@ class _OpenedSource:
     content: list[str]
 
 
-def open_data(config: DataConfig, seed: int) -> Data:
+def open_data(config: DataConfig, seed: int, contiguous_rows: int | None = None) -> Data:
     """Reads, tokenizes (or opens from the cache) and packs what ``config`` describes, or gets ready to stream it.
 
-    ``seed`` (>= 0) decides the order of training samples. Raises ``DataError`` for anything missing, empty,
-    unreadable or unfit; of a mixture it names the source.
+    ``seed`` (>= 0) decides the order of training samples. ``contiguous_rows``: the training batches have so many rows,
+    and each goes on where it ended in the batch before; None: samples are in random order. Raises ``DataError`` for
+    anything missing, empty, unreadable or unfit; of a mixture it names the source.
     """
     if seed < 0:
         raise DataError(f"the seed of the data order is {seed}; give 0 or more.")
+    if contiguous_rows is not None:
+        reason = config.why_not_contiguous()
+        if reason:
+            raise DataError(reason)
     tokenizer = open_tokenizer(config.tokenizer)
     opened = {}
     for name, single in config.by_source().items():
         try:
             # Sources of one size would else be read in one order.
             own_seed = seed if config.mixture is None else seed_of_source(seed, name)
-            opened[name] = _open_source(single, tokenizer, own_seed)
+            opened[name] = _open_source(single, tokenizer, own_seed, contiguous_rows)
         except DataError as error:
             raise DataError(f"data.mixture.{name}: {error}" if config.mixture else str(error)) from error
     only = opened.get(ONLY_SOURCE) if config.mixture is None else None
@@ -123,6 +129,8 @@ def open_data(config: DataConfig, seed: int) -> Data:
     common = [tokenizer.boundary_id, config.sequence_length, seed]
     if config.packing != "concatenate":
         common.append(config.packing)
+    if contiguous_rows is not None:
+        common.append(["contiguous_rows", contiguous_rows])
     held_out = {name: source.held_out for name, source in opened.items()}
     train = {name: source.train for name, source in opened.items()}
     return Data(
@@ -135,7 +143,9 @@ def open_data(config: DataConfig, seed: int) -> Data:
     )
 
 
-def _open_source(config: DataConfig, tokenizer: Tokenizer, seed: int) -> _OpenedSource:
+def _open_source(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, contiguous_rows: int | None = None
+) -> _OpenedSource:
     """The only source of ``config``."""
     format = SampleFormat.of(tokenizer, config.sequence_length, config.predict_document_ends)
     if config.stream is not None and not isinstance(config.source, READ_IN_PLACE):
@@ -145,7 +155,7 @@ def _open_source(config: DataConfig, tokenizer: Tokenizer, seed: int) -> _Opened
     if config.packing == "best_fit":
         train = BestFitSamples(documents["train"], format, seed)
     else:
-        train = PackedSamples(documents["train"], format, seed, shuffled=True)
+        train = PackedSamples(documents["train"], format, seed, shuffled=True, contiguous_rows=contiguous_rows)
     # Evaluations read every token, one document behind the other, whatever the packing of the training split.
     held_out = PackedSamples(documents["held_out"], format, seed, shuffled=False)
     summary = DataSummary(_summary(train), _summary(held_out))

@@ -44,8 +44,8 @@ class SourceSamples:
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (S + 1,) int64 and document starts (S + 1,) bool of one sample: inputs and the last label.
 
-        ``starts[0]`` is always True: no state is carried from one sample to the next. Padding is filled with
-        the boundary mark. Raises ``IndexError`` for a negative index.
+        ``starts[0]`` is True unless the sample goes on where another one ended. Padding is filled with the boundary
+        mark. Raises ``IndexError`` for a negative index.
         """
         rows = self.rows([index])
         return rows.tokens[0], self.format.document_starts(rows)[0]
@@ -121,6 +121,12 @@ class PackedSamples(SourceSamples):
     the documents and the samples anew; the tokens behind its last full sample (``dropped_tokens``, fewer than
     a sample, other ones each epoch) are not read in that epoch.
 
+    Contiguous (training with states that go on from step to step): each of ``contiguous_rows`` = R rows of a batch
+    reads a part of its own of the epoch's concatenation, from its beginning to its end. Of the T samples of a part,
+    sample i of the epoch is number i // R of row i % R, so that it goes on where sample i - R ended; the first of each
+    part begins anew. Documents are in a new order in each epoch. Not read are the tokens behind the last part, fewer
+    than R samples.
+
     Not shuffled (held out): ``samples_per_epoch`` samples in the stored order, once through, nothing dropped:
     the last is padded. Further indices give rows of padding only, with which every rank of a distributed
     evaluation can run the same number of equal micro-batches.
@@ -128,10 +134,18 @@ class PackedSamples(SourceSamples):
 
     samples_per_epoch: int
 
-    def __init__(self, documents: StoredDocuments, format: SampleFormat, seed: int, shuffled: bool) -> None:
-        """Raises ``DataError`` when the documents do not fill one sample (shuffled) or predict no token."""
+    def __init__(
+        self,
+        documents: StoredDocuments,
+        format: SampleFormat,
+        seed: int,
+        shuffled: bool,
+        contiguous_rows: int | None = None,
+    ) -> None:
+        """Raises ``DataError`` when the documents do not fill one sample (shuffled), or two in each contiguous row, or
+        predict no token."""
         self.documents, self.format = documents, format
-        self.seed, self.shuffled = seed, shuffled
+        self.seed, self.shuffled, self.contiguous_rows = seed, shuffled, contiguous_rows
         length = format.sequence_length
         predicted = documents.counts.tokens - 1
         if predicted < (length if shuffled else 1):
@@ -141,7 +155,16 @@ class PackedSamples(SourceSamples):
                 " or lower data.sequence_length."
             )
         self.samples_per_epoch = predicted // length if shuffled else -(-predicted // length)
-        self.dropped_tokens = predicted % length if shuffled else 0
+        if contiguous_rows is not None:
+            if self.samples_per_epoch < 2 * contiguous_rows:
+                raise DataError(
+                    f"the training split has {self.samples_per_epoch} samples of data.sequence_length {length}, too few"
+                    f" for train.carry_state, which needs two or more for each of {contiguous_rows} rows of a batch;"
+                    " give more text, lower data.sequence_length or train.global_batch_size, or leave out"
+                    " train.carry_state."
+                )
+            self.samples_per_epoch -= self.samples_per_epoch % contiguous_rows
+        self.dropped_tokens = predicted - self.samples_per_epoch * length if shuffled else 0
         self.padding_tokens = 0 if shuffled else self.samples_per_epoch * length - predicted
         self._orders = EpochOrders(self._make_order)
 
@@ -152,6 +175,7 @@ class PackedSamples(SourceSamples):
         width, total = self.format.sequence_length + 1, self.documents.counts.tokens
         raw = np.full(len(indices) * width, self.format.boundary_id, dtype=self.documents.raw_type)
         valid = np.zeros(len(indices), dtype=np.int64)
+        goes_on = np.zeros(len(indices), dtype=bool) if self.contiguous_rows is not None else None
         pieces: list[Piece] = []
         for row, index in enumerate(indices):
             if index < 0:
@@ -167,15 +191,20 @@ class PackedSamples(SourceSamples):
             end = min(start + width, total)
             order.add_pieces(start, end, row * width, pieces)
             valid[row] = end - start - 1
+            if goes_on is not None:
+                goes_on[row] = within >= self.contiguous_rows
         read_pieces(self.documents, pieces, raw)
-        return Rows(raw.astype(np.int64).reshape(-1, width), valid)
+        return Rows(raw.astype(np.int64).reshape(-1, width), valid, goes_on=goes_on)
 
     def _make_order(self, epoch: int) -> _EpochOrder:
         lengths = self.documents.lengths
         documents = samples = None
         if self.shuffled:
             documents = permutation(len(lengths), self.seed, epoch, DOCUMENT_ORDER)
-            samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
+            if self.contiguous_rows is None:
+                samples = permutation(self.samples_per_epoch, self.seed, epoch, SAMPLE_ORDER)
+            else:
+                samples = np.arange(self.samples_per_epoch).reshape(self.contiguous_rows, -1).T.ravel()
             lengths = lengths[documents]
         stream_starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=stream_starts[1:])

@@ -15,6 +15,7 @@ from data.read_ahead import ReadAhead
 from data.samples import MixtureSamples
 from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.recurrent_states import check_carried_states, restore_states
 from pretrain.checkpoint.training import (
     TrainingPosition,
     read_moments,
@@ -31,7 +32,7 @@ from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.optimizer.learning_rate import learning_rate
-from pretrain.parallel.agreement import combine_ranks, on_every_rank, on_main_rank, together
+from pretrain.parallel.agreement import any_rank, combine_ranks, on_every_rank, on_main_rank, together
 from pretrain.parallel.build import build_engine, build_model
 from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
@@ -85,7 +86,8 @@ class Trainer:
         self._announce(start_from, changed)
 
     def _open_data(self) -> Data:
-        data = open_data(self.config.data, self.config.train.seed)
+        train = self.config.train
+        data = open_data(self.config.data, train.seed, train.global_batch_size if train.carry_state else None)
         needed, given = data.tokenizer.vocab_size, self.config.model.vocab_size
         if needed > given:
             raise InputError(
@@ -113,6 +115,7 @@ class Trainer:
         return chosen
 
     def _check_data(self, reader: CheckpointReader) -> None:
+        check_carried_states(reader, self.config)
         differs = "source files, tokenizer, data.sequence_length or train.seed differ"
         changed = reader.state.get("data_fingerprint") != self.data.fingerprint
         # A source that is new, or that takes no further part, changes nothing of what was read.
@@ -135,6 +138,7 @@ class Trainer:
         on_every_rank(lambda: read_weights(model, reader))
         restore_random_state(reader)
         self.engine = build_engine(model, self.config, self.topology)
+        on_every_rank(lambda: restore_states(model, reader, self.config, self.topology))
         if self.position.updates > 0:
             self.engine.write_moments(read_moments(reader, self.engine), self.position.updates)
 
@@ -145,6 +149,10 @@ class Trainer:
         self.observer.message(f"{_described(summary.train)}, {summary.held_out.counts.tokens:,} held out")
         if isinstance(self.data.train, MixtureSamples):
             self.observer.message(f"mixture: {self._epochs_of_sources()}")
+        if self.config.train.carry_state:
+            rows = self.config.train.global_batch_size
+            each = summary.train.samples_per_epoch // rows
+            self.observer.message(f"each of {rows} rows goes on from step to step, through {each:,} samples an epoch")
         if start_from is not None:
             self.observer.message(f"resumed from {start_from} at step {self.position.step} of {steps}")
 
@@ -214,6 +222,19 @@ class Trainer:
             self.observer.message(
                 f"step {position.step}: the gradient is not finite; the step was skipped "
                 f"({position.skipped_steps} so far, {position.skipped_in_a_row} in a row)"
+            )
+        self._keep_states(result.applied)
+
+    def _keep_states(self, applied: bool) -> None:
+        """Rows of the next step go on with the states of this one's; of one that was skipped, with those before it."""
+        between = self.engine.decoder.between_steps
+        if between is None:
+            return
+        finite = not any_rank(applied and not between.are_finite(), self.topology.device)
+        between.finish(keep=applied and finite)
+        if not finite:
+            self.observer.message(
+                f"step {self.position.step}: recurrent states are not finite; rows go on with those of before the step"
             )
 
     def _mixer_metrics(self) -> dict[str, float]:

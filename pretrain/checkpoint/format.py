@@ -33,7 +33,7 @@ FORMAT_NAME = "recurrent-pretrain-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "state")
 BYTES_PER_ELEMENT = {"float32": 4}
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,}-[0-9]{4,}\.safetensors")
@@ -67,7 +67,7 @@ class PieceRecord(_Record):
     """
 
     name: Text
-    kind: Literal["weight", "exp_avg", "exp_avg_sq"]
+    kind: Literal["weight", "exp_avg", "exp_avg_sq", "state"]
     dtype: Literal["float32"]
     full_shape: tuple[Count, ...]
     dimension: Count | None

@@ -26,8 +26,8 @@ class TensorPiece:
     """What one rank holds of a global tensor.
 
     Attributes:
-        name: global parameter name, the same under every layout.
-        kind: ``weight`` (fp32 master), ``exp_avg`` or ``exp_avg_sq``.
+        name: global parameter name, or that of a recurrent state, the same under every layout.
+        kind: ``weight`` (fp32 master), ``exp_avg``, ``exp_avg_sq``, or ``state`` (recurrent).
         tensor: the local piece, float32, on any device; may be reused by the caller after it was taken.
         full_shape: shape of the global tensor.
         dimension: the dimension along which the tensor is split, or ``None`` for the whole tensor.

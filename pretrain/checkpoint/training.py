@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.recurrent_states import state_pieces
 from pretrain.checkpoint.shards import TensorPiece
 from pretrain.checkpoint.writer import write_checkpoint
 from pretrain.config.schema import Config
@@ -98,7 +100,7 @@ def save_training(
         **data_state,
         "random_state": torch.get_rng_state().numpy().tobytes().hex(),
     }
-    pieces = _pieces(engine, topology)
+    pieces = itertools.chain(_pieces(engine, topology), state_pieces(engine.decoder, topology))
     return write_checkpoint(run_checkpoints, position.step, pieces, state, resumed_from=resumed_from)
 
 

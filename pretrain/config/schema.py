@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data.config import DataConfig, HierarchicalBytesTokenizer
+from pretrain.config.carried_states import carried_states_problem
 from pretrain.models.registry import (
     OuterBlock,
     StrictModel,
@@ -238,6 +239,11 @@ class TrainConfig(StrictModel):
     recompute: Literal["none", "block"] = Field(
         "none", description="block: keep only each block's input and compute the rest again backward"
     )
+    carry_state: bool = Field(
+        False,
+        description="each row of a batch goes on where that of the step before ended, with its recurrent states, which "
+        "gradients do not pass (truncated backpropagation through time)",
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="held-out samples of an evaluation, at most")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
@@ -279,6 +285,7 @@ class Config(StrictModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problem = _layout_problem(self) or _words_problem(self) or _batch_problem(self) or _schedule_problem(self)
+        problem = problem or carried_states_problem(self)
         if problem:
             raise ValueError(problem)
         return self

@@ -23,6 +23,7 @@ from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
 from pretrain.models.registry import AUXILIARY_LOSS, family_of
 from pretrain.models.segments import SegmentChain
+from pretrain.models.states_between_steps import StatesBetweenSteps
 
 IGNORED_LABEL = -100
 
@@ -80,6 +81,9 @@ class Decoder(nn.Module):
 
     Blocks are kept under their index in the whole model, so a parameter has the same name in every layout.
     ``config``, ``model_type`` and ``set_input_tensor`` are what Megatron-core's pipeline schedules ask for.
+
+    Attributes:
+        between_steps: states that rows of a step go on with in the next; None: every row begins anew.
     """
 
     def __init__(self, model: ModelConfig, megatron: TransformerConfig):
@@ -93,6 +97,7 @@ class Decoder(nn.Module):
         # Set where ranks hold segments of the same sequences: who hands on states, and who asks for them.
         self.chain: SegmentChain | None = None
         self.segments: Segments | None = None
+        self.between_steps: StatesBetweenSteps | None = None
 
         # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
         vocabulary = padded_size(model.vocab_size)
@@ -149,7 +154,7 @@ class Decoder(nn.Module):
         return LayerContext(self.model.hidden_size, layer, self.model.num_layers, self.config)
 
     def prepare_batch(self, called: nn.Module, micro_batches: Sequence[Batch], labels: float, train: bool) -> None:
-        """Called before the micro-batches of each global batch, on every rank; here nothing needs to be known.
+        """Called before the micro-batches of each global batch, on every rank.
 
         Args:
             called: what the schedule calls instead of this module: itself, or an engine round it.
@@ -158,6 +163,8 @@ class Decoder(nn.Module):
                 gradients by it.
             train: whether gradients are wanted.
         """
+        if self.between_steps is not None:
+            self.between_steps.begin(train)
 
     def _shared_modules(self, first: int) -> dict[str, nn.Module]:
         """What layers anywhere in the model share; every stage holds a copy, of which the first stage's counts."""
@@ -270,7 +277,12 @@ class Decoder(nn.Module):
         else:
             hidden, carried = unpack(self.input_tensor, self.carried_channels)
         documents = Documents(document_starts, word_starts)
-        hidden, carried, _ = self._blocks(hidden, carried, None, documents, keep_states=False)
+        if self.between_steps is None:
+            hidden, carried, _ = self._blocks(hidden, carried, None, documents, keep_states=False)
+        else:
+            before = self.between_steps.before_next()
+            hidden, carried, final = self._blocks(hidden, carried, before, documents, keep_states=True)
+            self.between_steps.take(final)
         if not self.is_last_stage:
             return pack(hidden, carried)
         counts = labels != IGNORED_LABEL

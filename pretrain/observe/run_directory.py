@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # What a run cannot change: its model, and what makes up the order of its samples. Sections stand for all in
 # them. Where the files of the data lie may change, and so may everything about speed, length and layout. The weights
 # and the sources of a mixture may, because each source's own documents are compared with the checkpoint's.
-_FIXED = ("model", "data", "train.seed")
+_FIXED = ("model", "data", "train.seed", "train.carry_state")
 _FREE = (
     "data.cache_directory",
     "data.source.path",

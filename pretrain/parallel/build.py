@@ -5,6 +5,7 @@ from __future__ import annotations
 from pretrain.config.schema import Config
 from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
+from pretrain.models.states_between_steps import StatesBetweenSteps
 from pretrain.optimizer.adamw import build_adamw
 from pretrain.parallel.engine import Engine, ReplicatedEngine
 from pretrain.parallel.topology import Topology, megatron_config
@@ -15,6 +16,8 @@ def build_model(config: Config) -> Decoder:
     model = build_decoder(config.model, megatron_config(config))
     if config.parallel.context > 1:
         model.hold_segments(config.context_scheme)
+    if config.train.carry_state:
+        model.between_steps = StatesBetweenSteps()
     return model
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.config.carried_states import bytes_after_any_length
 from pretrain.config.schema import BlockConfig, Config
 from pretrain.models.registry import HierarchyConfig, MixerConfig, MixerCost, family_of, hierarchy_of
 from pretrain.plan.context import BYTES_PER_ELEMENT, kept_bytes, segment_length
@@ -32,6 +33,7 @@ PARTS = {
     "logits": "float32 logits, their softmax and gradient",
     "states": "recurrent states before the first token, which cells keep for the backward pass, and what ranks with "
     "other segments of the sequences said of them",
+    "carried_states": "recurrent states of all of the rank's rows, those of the step before and those of this one",
     "working": "held only while one layer runs backward: cast weights, their gradients, the layer's own",
     "optimizer_step": "what the optimizer's step needs beyond what the backward pass has freed by then",
 }
@@ -46,6 +48,7 @@ class BlockCost:
         norms: as many as mixers, each before one, unless it is a joint.
         kept_of_segments: bytes that the last of several ranks keeps of what others said of a sequence.
         is_joint: it is no block, but what joins two stages of a hierarchy: never computed again in the backward pass.
+        carried_state_bytes: state of one row that goes on from step to step; 0 where rows begin anew.
     """
 
     mixers: tuple[MixerCost, ...]
@@ -55,6 +58,7 @@ class BlockCost:
     norms: int
     is_joint: bool = False
     kept_of_segments: float = 0.0
+    carried_state_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -90,6 +94,9 @@ def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_p
     states = [
         sum(_mixer_cost(section, config, hidden_size, length).state_bytes for section in sections) for length in (1, 2)
     ]
+    carried = None
+    if config.train.carry_state and block.mixer is not None:
+        carried = bytes_after_any_length(block.mixer, hidden_size, config.model.num_layers)
     return BlockCost(
         mixers,
         hidden_size,
@@ -97,6 +104,7 @@ def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_p
         positions_per_token,
         len(mixers),
         kept_of_segments=kept_bytes(block, config),
+        carried_state_bytes=carried or 0,
     )
 
 
@@ -163,11 +171,15 @@ class Stage:
         return self.data_size * self.config.parallel.context
 
     @property
+    def rows(self) -> int:
+        """Sequences of the global batch that this rank reads, all micro-batches together."""
+        return self.config.train.global_batch_size // self.data_size
+
+    @property
     def micro_batches_in_flight(self) -> int:
         """Micro-batches whose activations 1F1B keeps at once (Narayanan et al. 2021, arXiv 2104.04473)."""
         train = self.config.train
-        micro_batches = train.global_batch_size // (train.micro_batch_size * self.data_size)
-        return min(micro_batches, self.config.parallel.pipeline - self.index)
+        return min(self.rows // train.micro_batch_size, self.config.parallel.pipeline - self.index)
 
     @property
     def head_parameters(self) -> int:
@@ -238,6 +250,8 @@ class Stage:
             "working": self._working_bytes(),
         }
         parts.update(backward)
+        carried = sum(layer.carried_state_bytes for layer in self.layers) // self.config.parallel.tensor
+        parts["carried_states"] = 2 * self.rows * carried
         parts["optimizer_step"] = max(0, self._optimizer_step_bytes(partition, bucket) - sum(backward.values()))
         return parts
 
@@ -257,7 +271,8 @@ class Stage:
         # The chunks of a micro-batch stand in one row, which begins with one state.
         rows = self.config.train.micro_batch_size
         states = sum(
-            layer.initial_state_bytes * (rows if layer.positions_per_token == 1 else 1) for layer in self.layers
+            max(layer.initial_state_bytes, layer.carried_state_bytes) * (rows if layer.positions_per_token == 1 else 1)
+            for layer in self.layers
         )
         return int((states + kept * self.config.train.micro_batch_size) / self.config.parallel.tensor)
 

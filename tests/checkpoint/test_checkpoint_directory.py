@@ -116,7 +116,7 @@ def test_describe_counts_what_is_there(steps):
     assert report["bytes"] == sum(path.stat().st_size for path in files)
     assert report["tensors"] == 3
     assert report["parameters"] == 48 + 6 + 1
-    assert report["kinds"] == {"weight": 3, "exp_avg": 3, "exp_avg_sq": 3}
+    assert report["kinds"] == {"weight": 3, "exp_avg": 3, "exp_avg_sq": 3, "state": 3}
     assert report["config"] == {"model.family": "mlstm", "model.hidden_size": 8, "seed": 3}
     assert report["saved_at"].endswith("+00:00")
     assert verify(steps.parent) == report

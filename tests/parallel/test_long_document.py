@@ -34,5 +34,5 @@ def test_memory_is_a_quarter_and_the_step_the_same() -> None:
     whole, parts = run(1), run(4)
     assert parts["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
     assert parts["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-4)
-    # Beside what a segment takes there are its neighbours' states, and buffers that do not depend on its length.
-    assert parts["bytes"] < 0.28 * whole["bytes"]
+    # A quarter, and what one layer works on while it finds its segment's summary and that one's gradient.
+    assert parts["bytes"] < 0.3 * whole["bytes"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.config import parse_config
+from pretrain.errors import InputError
 from pretrain.parallel.schedule import BatchLoss
 from pretrain.train import train
 
@@ -15,6 +16,42 @@ def run_training(raw: dict[str, Any], resume: str = "auto") -> tuple[int, bool]:
     """Trains; returns the last step and whether a signal ended it."""
     outcome = train(parse_config(raw, "test"), resume)
     return outcome.step, outcome.stopped_by_signal
+
+
+def run_refused(raw: dict[str, Any], resume: str = "auto") -> str:
+    """Says why a run does not start; fails if it does."""
+    try:
+        train(parse_config(raw, "test"), resume)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("the run started")
+
+
+def run_with_broken_states(raw: dict[str, Any], broken_step: int, broken_rank: int) -> None:
+    """Trains while one row of one rank ends a step (counted from 1) with a state that is not finite."""
+    import torch.distributed as dist
+
+    from pretrain.models.states_between_steps import StatesBetweenSteps
+
+    original = StatesBetweenSteps.take
+    begun = 0
+
+    def breaking(self: StatesBetweenSteps, final: dict[str, dict[str, torch.Tensor]]) -> None:
+        nonlocal begun
+        begun += self._is_training and not self._new
+        if begun == broken_step and dist.get_rank() == broken_rank:
+            layer, state = next(iter(final.items()))
+            name, tensor = next(iter(state.items()))
+            broken = tensor.detach().clone()
+            broken[-1] = float("inf")
+            final = final | {layer: state | {name: broken}}
+        original(self, final)
+
+    StatesBetweenSteps.take = breaking
+    try:
+        train(parse_config(raw, "test"))
+    finally:
+        StatesBetweenSteps.take = original
 
 
 def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], broken_rank: int) -> str | None:
