@@ -104,6 +104,8 @@ class ProcessSegments(Segments):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), scheme)
         self.group = group
         self.ranks = dist.get_process_group_ranks(group)
+        # NCCL wants all ranks in the first call of a group, and a shift leaves some out.
+        dist.barrier(group=group)
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty(self.size, *tensor.shape)
