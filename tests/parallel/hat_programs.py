@@ -19,9 +19,7 @@ from tests.models.hat_models import WORDS, hat_model, random_words
 from tests.parallel.programs import local_weights, open_engine, synthetic_batch
 
 
-def hat_steps(
-    overrides: dict[str, dict[str, Any]], steps: int, model: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def hat_steps(overrides: dict[str, dict[str, Any]], steps: int, model: dict[str, Any] | None = None) -> dict[str, Any]:
     """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights.
 
     The model is that of the tests, unless one is given.
