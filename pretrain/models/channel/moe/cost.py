@@ -57,7 +57,8 @@ def _activation_bytes(config: MoEConfig, hidden_size: int, bytes_per_element: in
     # Each expert's input, its output for the product with the weight, and that weight in the same dtype; the order of
     # rows there and back.
     replicated = each * (2 * hidden_size + 1) * bytes_per_element + 2 * each * INT64
-    # The choice; probabilities, those of the chosen, and their sum; for the z loss logits and log-partition.
+    # The choice; probabilities, those of the chosen, and their sum; for the z loss logits and log-partition. Each
+    # position's shares of experts, kept where a row holds several sequences as chunks do, are not counted.
     routed = each * INT64
     floats = config.num_experts + each + 1
     floats += config.num_experts + 1 if config.z_coefficient else 0

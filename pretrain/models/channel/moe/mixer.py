@@ -45,7 +45,8 @@ class MoE(ChannelMixer):
 
     * ``moe_load``: rows of the busiest expert over the mean of its layer, the largest of any layer;
     * ``moe_entropy``: of the router's probabilities, in nats, mean over tokens and layers;
-    * ``moe_balance_loss``, ``moe_z_loss``: means over tokens and layers, without their coefficients;
+    * ``moe_balance_loss``, ``moe_z_loss``: means over tokens and layers, without their coefficients; a layer that
+      carries nothing is not told of sequences within a row, and its figure then is of the row;
     * ``moe_dropped``: choices that no expert worked on, which is always 0.
     """
 
