@@ -75,13 +75,6 @@ class ModelConfig(StrictModel):
         problem = self.hierarchy.problem(self.hidden_size) if self.hierarchy is not None else None
         if problem:
             raise ValueError(f"hierarchy: {problem}")
-        for used in self.used_blocks() if self.hierarchy is not None else ():
-            channel = self.blocks[used.name].channel
-            if channel is not None and channel.carried(used.hidden_size):
-                raise ValueError(
-                    f"blocks.{used.name}.channel: {channel.type} hands tensors from layer to layer, which the stages "
-                    f"of a hierarchy do not pass on; use another channel mixer, or no hierarchy"
-                )
         problem = self.block_problem(1)
         if problem:
             raise ValueError(problem)
@@ -114,15 +107,15 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _layers_agree_on_what_they_carry(self) -> ModelConfig:
-        seen: dict[str, tuple[str, int]] = {}
-        for name in dict.fromkeys(self.layers):
-            channel = self.blocks[name].channel
-            for tensor, size in (channel.carried(self.hidden_size) if channel else {}).items():
-                first, other = seen.setdefault(tensor, (name, size))
+        seen: dict[tuple[str, str], tuple[str, int]] = {}
+        for used in self.used_blocks():
+            channel = self.blocks[used.name].channel
+            for tensor, size in (channel.carried(used.hidden_size) if channel else {}).items():
+                first, other = seen.setdefault((used.place, tensor), (used.name, size))
                 if other != size:
                     raise ValueError(
-                        f"layers carry one {tensor} from each to the next, but blocks.{first}.channel gives it {other} "
-                        f"channels and blocks.{name}.channel {size}; give both the same size"
+                        f"blocks of {used.place} carry one {tensor} from each to the next, but blocks.{first}.channel "
+                        f"gives it {other} channels and blocks.{used.name}.channel {size}; give both the same size"
                     )
         return self
 
@@ -139,10 +132,11 @@ class ModelConfig(StrictModel):
         mixers = [block.mixer for block in self.blocks_in_use() if block.mixer is not None]
         return list(dict.fromkeys(mixer.type for mixer in mixers if not mixer.exchanges_segments))
 
-    def carried_channels(self) -> dict[str, int]:
-        """What flows from layer to layer beside the hidden states: float32 channels per token, by name, in order."""
-        channels = [block.channel for block in self.blocks_in_use() if block.channel is not None]
-        return dict(sorted(item for channel in channels for item in channel.carried(self.hidden_size).items()))
+    def carried_channels(self, place: str = "layers") -> dict[str, int]:
+        """What layers of a network (see ``OuterBlock.place``) carry: float32 channels per position, by name."""
+        network = [used for used in self.used_blocks() if used.place == place]
+        channels = [(self.blocks[used.name].channel, used.hidden_size) for used in network]
+        return dict(sorted(item for channel, size in channels if channel for item in channel.carried(size).items()))
 
 
 class ParallelConfig(StrictModel):

@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models.mixer import Carried
+from pretrain.models.mixer import Carried, Documents
+from pretrain.models.registry import SEQUENCE_LENGTHS
 
 
-def initial_carried(hidden: Tensor, channels: Mapping[str, int]) -> Carried:
-    """What the first layer finds: zeros for the positions of ``hidden``, ``(sequence, batch, channels)`` float32."""
+def initial_carried(hidden: Tensor, channels: Mapping[str, int], documents: Documents | None = None) -> Carried:
+    """What the first layer finds: zeros for the positions of ``hidden``, ``(sequence, batch, channels)`` float32.
+
+    Where ``documents`` says that a row holds several sequences, how long they are is handed on beside them.
+    """
     shape = hidden.shape[:2]
-    return {
+    carried = {
         # Leaves that take a gradient: the first layer's backward pass so is every layer's.
         name: torch.zeros(*shape, size, device=hidden.device, requires_grad=torch.is_grad_enabled())
         for name, size in channels.items()
     }
+    if carried and documents is not None and documents.sequence_lengths is not None:
+        carried[SEQUENCE_LENGTHS] = documents.sequence_lengths
+    return carried
 
 
 def packed_channels(channels: Mapping[str, int], dtype: torch.dtype) -> int:

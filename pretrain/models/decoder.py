@@ -23,6 +23,7 @@ from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
 from pretrain.models.registry import AUXILIARY_LOSS, family_of
 from pretrain.models.segments import SegmentChain
+from pretrain.models.sharing import share, shared_modules
 from pretrain.models.states_between_steps import StatesBetweenSteps
 
 IGNORED_LABEL = -100
@@ -125,10 +126,8 @@ class Decoder(nn.Module):
         self.shared = nn.ModuleDict(self._shared_modules(first))
         self.layers = nn.ModuleDict()
         for layer in range(first, first + per_stage):
-            block = self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
-            for part in (block.mixer, block.channel):
-                if isinstance(part, MeasuredModule):
-                    part.share(self.shared)
+            self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
+        share(self.layers.values(), self.shared)
         if self.is_last_stage:
             norm = NORMS[model.norm]
             self.output_norm = norm(model.embedding_size, model.norm_epsilon, megatron.sequence_parallel)
@@ -168,12 +167,7 @@ class Decoder(nn.Module):
 
     def _shared_modules(self, first: int) -> dict[str, nn.Module]:
         """What layers anywhere in the model share; every stage holds a copy, of which the first stage's counts."""
-        modules: dict[str, nn.Module] = {}
-        context = self._context(first)
-        for block in self.model.blocks_in_use():
-            for config in (block.mixer, block.channel):
-                if config is not None:
-                    modules = family_of(config).module.shared_modules(config, context) | modules
+        modules = shared_modules(self.model.blocks_in_use(), self._context(first))
         for module in modules.values():
             for parameter in module.parameters():
                 copy = replace(parameter.spec, on_every_stage=True, pipeline_copy=not self.is_first_stage)

@@ -48,10 +48,13 @@ class Documents:
         starts: ``(batch, sequence)`` bool, True at each document's first token. State restarts there. A
             sequence whose first flag is False goes on with the state that it is given.
         word_starts: ``(batch, sequence)`` bool, True at each word's first token; None unless the model reads words.
+        sequence_lengths: ``(sequences,)`` int64, positions of the sequences that stand one after the other in a single
+            row; None where every row is one sequence.
     """
 
     starts: Tensor
     word_starts: Tensor | None = None
+    sequence_lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class ChannelMixer(MeasuredModule):
             hidden: under sequence parallelism this rank's part of the sequence.
             carried: given to mixers whose configuration says that it carries something, and to no others: tensors
                 ``(sequence, batch, channels)`` float32, of the same positions, by name; names of other mixers too.
+                Where the only row holds several sequences, how long they are under ``registry.SEQUENCE_LENGTHS``.
 
         Returns:
             The output; of a mixer that carries something also all of ``carried``, its own tensors anew.

@@ -34,6 +34,10 @@ ROOT = Path(__file__).parent
 # model's loss is the mean over the labels that count of cross-entropy and of this.
 AUXILIARY_LOSS = "auxiliary_loss"
 
+# What is handed on beside carried tensors where a row holds several sequences one after the other, as chunks stand in
+# a hierarchy: ``(sequences,)`` int64, how many positions each has. Losses that are of whole sequences need it.
+SEQUENCE_LENGTHS = "sequence_lengths"
+
 
 class StrictModel(pydantic.BaseModel):
     """Base of every configuration section: unknown keys are refused and values are not changed later."""
@@ -73,7 +77,8 @@ class MixerConfig(StrictModel):
         """What flows from layer to layer beside the hidden states: name -> float32 channels per token.
 
         The first layer that reads a name finds zeros; layers without it pass it on. Layers that give the same name mean
-        the same tensor, and must agree on its size. Only a channel mixer may carry anything.
+        the same tensor, and must agree on its size. Only a channel mixer may carry anything. In a hierarchy each
+        network, those over bytes and those over chunks, begins with zeros of its own.
         """
         return {}
 
@@ -96,7 +101,8 @@ class OuterBlock:
     """A block that a hierarchy puts round the innermost network.
 
     Attributes:
-        place: key below ``model`` that names it.
+        place: key below ``model`` that names it. Blocks of one place are one network: what layers carry flows through
+            them in order, and what layers share is theirs alone.
         name: of the block in ``model.blocks``.
         hidden_size: width that it works at.
     """
@@ -155,7 +161,7 @@ class MixerCost:
 
     FLOPs count matrix products, a multiply-add as two, so that they can be compared with torch's
     ``FlopCounterMode``; what a scan does elementwise, which that counter cannot see, stands apart. Bytes are for
-    one rank that holds the whole mixer; all of them split evenly over tensor-parallel ranks.
+    one rank that holds the whole mixer; they split evenly over tensor-parallel ranks unless it is said otherwise.
 
     Attributes:
         parameters: number of trainable parameters, all tensor-parallel ranks together.
@@ -179,8 +185,12 @@ class MixerCost:
             recurrences, depthwise convolutions. One evaluation of each counts, not an iterative solver's
             repetitions. The backward pass counts twice as much.
         parameters_routed: how many of the parameters belong to routed experts, which expert-parallel ranks split.
-        shared_parameters: parameters of modules that all such layers of a model share, by the modules' names; the
-            model has them once, each pipeline stage a copy, and ``parameters`` leaves them out.
+        shared_parameters: parameters of modules that all such layers of a network share, by the modules' names; the
+            network has them once, each pipeline stage a copy, and ``parameters`` leaves them out.
+        activation_bytes_replicated: those of ``activation_bytes_per_token`` that every tensor-parallel rank keeps.
+        activation_bytes_by_position: those that belong to positions: every tensor-parallel rank keeps them, unless
+            sequence parallelism gives each its part of the sequence.
+        working_bytes_replicated: those of ``working_bytes_per_token`` that every tensor-parallel rank holds.
     """
 
     parameters: int
@@ -198,6 +208,9 @@ class MixerCost:
     parameter_groups: int = 1
     parameters_routed: int = 0
     shared_parameters: typing.Mapping[str, int] = field(default_factory=dict)
+    activation_bytes_replicated: float = 0.0
+    activation_bytes_by_position: float = 0.0
+    working_bytes_replicated: float = 0.0
 
     def parameters_per_rank(self, tensor: int, expert: int = 1) -> int:
         """Parameters on one of ``tensor`` tensor-parallel and ``expert`` expert-parallel ranks."""
@@ -210,6 +223,17 @@ class MixerCost:
     def routed_per_rank(self, tensor: int, expert: int) -> int:
         """Those of :meth:`parameters_per_rank` that belong to routed experts."""
         return self.parameters_routed // (tensor * expert)
+
+    def activation_bytes_per_rank(self, tensor: int, sequence_parallel: bool) -> float:
+        """``activation_bytes_per_token`` on one of ``tensor`` tensor-parallel ranks."""
+        whole, positions = self.activation_bytes_replicated, self.activation_bytes_by_position
+        positions_here = positions / (tensor if sequence_parallel else 1)
+        return whole + positions_here + (self.activation_bytes_per_token - whole - positions) / tensor
+
+    def working_bytes_per_rank(self, tensor: int) -> float:
+        """``working_bytes_per_token`` on one of ``tensor`` tensor-parallel ranks."""
+        whole = self.working_bytes_replicated
+        return whole + (self.working_bytes_per_token - whole) / tensor
 
     @property
     def flops_per_token(self) -> float:
@@ -225,6 +249,7 @@ class OuterCost:
         hidden_size: its width.
         positions_per_token: how many positions it is expected to have for each token that is read.
         block: the block's name in ``model.blocks``; None for a joint.
+        place: of a block, the network that it belongs to, as :class:`OuterBlock` has it.
         joint: the cost of a joint, per position.
         norms: how many norms of this width a joint has; a block's are known.
     """
@@ -232,6 +257,7 @@ class OuterCost:
     hidden_size: int
     positions_per_token: float
     block: str | None = None
+    place: str = ""
     joint: MixerCost | None = None
     norms: int = 0
 

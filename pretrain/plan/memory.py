@@ -46,6 +46,8 @@ class BlockCost:
     Attributes:
         positions_per_token: how many positions it has for each token that is read; below 1 within a hierarchy.
         norms: as many as mixers, each before one, unless it is a joint.
+        place: the network that it belongs to, whose layers share modules; see ``registry.OuterBlock``.
+        carried_channels: float32 channels per position that its network hands from layer to layer.
         kept_of_segments: bytes that the last of several ranks keeps of what others said of a sequence.
         is_joint: it is no block, but what joins two stages of a hierarchy: never computed again in the backward pass.
         carried_state_bytes: state of one row that goes on from step to step; 0 where rows begin anew.
@@ -56,6 +58,8 @@ class BlockCost:
     initial_state_bytes: int
     positions_per_token: float
     norms: int
+    place: str = "layers"
+    carried_channels: int = 0
     is_joint: bool = False
     kept_of_segments: float = 0.0
     carried_state_bytes: int = 0
@@ -73,6 +77,10 @@ class BlockCost:
         mixers = sum(mixer.parameters_per_rank(tensor, expert) for mixer in self.mixers)
         return mixers + self.norms * self.hidden_size
 
+    def input_bytes(self, bytes_per_element: int) -> float:
+        """What a block reads, hidden states and what is carried beside them, per token read."""
+        return self.positions_per_token * (self.hidden_size * bytes_per_element + FLOAT32 * self.carried_channels)
+
     def activation_bytes_per_token(self, config: Config) -> float:
         """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed, per token read."""
         tensor = config.parallel.tensor
@@ -81,12 +89,14 @@ class BlockCost:
         norm /= tensor if config.parallel.sequence else 1
         # A joint's work is not split.
         split = 1 if self.is_joint else tensor
-        mixers = sum(mixer.activation_bytes_per_token for mixer in self.mixers) / split
+        mixers = sum(mixer.activation_bytes_per_rank(split, config.parallel.sequence) for mixer in self.mixers)
         return self.positions_per_token * (self.norms * norm + mixers)
 
 
-def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_per_token: float) -> BlockCost:
-    """Costs of a block's mixers at a width and the configuration's sequence length and precision."""
+def block_cost(
+    block: BlockConfig, config: Config, hidden_size: int, positions_per_token: float, place: str
+) -> BlockCost:
+    """Costs of a block's mixers in a network, at its width and the configuration's sequence length and precision."""
     sections = [section for section in (block.mixer, block.channel) if section is not None]
     length = max(1, round(config.data.sequence_length * positions_per_token))
     mixers = tuple(_mixer_cost(section, config, hidden_size, length) for section in sections)
@@ -103,6 +113,8 @@ def block_cost(block: BlockConfig, config: Config, hidden_size: int, positions_p
         2 * states[0] - states[1],
         positions_per_token,
         len(mixers),
+        place=place,
+        carried_channels=sum(config.model.carried_channels(place).values()),
         kept_of_segments=kept_bytes(block, config),
         carried_state_bytes=carried or 0,
     )
@@ -122,7 +134,10 @@ def layer_costs(config: Config) -> list[BlockCost]:
     """One :class:`BlockCost` for each layer of the model, in order; behind them those of a hierarchy's outer stages."""
     model = config.model
     positions = 1.0 if model.hierarchy is None else model.hierarchy.inner_positions_per_token
-    by_name = {name: block_cost(model.blocks[name], config, model.hidden_size, positions) for name in set(model.layers)}
+    by_name = {
+        name: block_cost(model.blocks[name], config, model.hidden_size, positions, "layers")
+        for name in set(model.layers)
+    }
     costs = [by_name[model.layers[layer % len(model.layers)]] for layer in range(model.num_layers)]
     return costs if model.hierarchy is None else costs + _outer_costs(config, model.hierarchy)
 
@@ -132,18 +147,18 @@ def _outer_costs(config: Config, hierarchy: HierarchyConfig) -> list[BlockCost]:
     for outer in hierarchy_of(hierarchy).outer_costs(hierarchy, config.model.hidden_size, element):
         size, positions = outer.hidden_size, outer.positions_per_token
         if outer.joint is None:
-            costs.append(block_cost(config.model.blocks[outer.block], config, size, positions))
+            costs.append(block_cost(config.model.blocks[outer.block], config, size, positions, outer.place))
         else:
             costs.append(BlockCost((outer.joint,), size, 0, positions, outer.norms, is_joint=True))
     return costs
 
 
 def shared_parameters(layers: list[BlockCost]) -> int:
-    """Parameters that layers share, each counted once; every pipeline stage holds a copy."""
-    shared: dict[str, int] = {}
+    """Parameters that layers share, each network's counted once; every pipeline stage holds a copy."""
+    shared: dict[tuple[str, str], int] = {}
     for layer in layers:
         for mixer in layer.mixers:
-            shared |= mixer.shared_parameters
+            shared |= {(layer.place, name): count for name, count in mixer.shared_parameters.items()}
     return sum(shared.values())
 
 
@@ -216,9 +231,8 @@ class Stage:
         if recompute == "block":
             # Every block keeps its input, and what is carried beside it; the one that runs backward has all of its own
             # again.
-            carried = FLOAT32 * sum(self.config.model.carried_channels().values())
             kept = [
-                size if layer.is_joint else layer.positions_per_token * (layer.hidden_size * element + carried) / split
+                size if layer.is_joint else layer.input_bytes(element) / split
                 for layer, size in zip(self.layers, whole, strict=True)
             ]
             per_token = self.micro_batches_in_flight * sum(kept)
@@ -284,7 +298,7 @@ class Stage:
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
-            mixer.working_bytes_per_token / tensor * self.tokens * layer.positions_per_token
+            mixer.working_bytes_per_rank(tensor) * self.tokens * layer.positions_per_token
             + per_parameter * mixer.parameters_per_rank(tensor, expert)
             for layer in self.layers
             for mixer in layer.mixers

@@ -243,7 +243,7 @@ def test_experts_at_once_are_experts_one_by_one(counts: list[int], recompute: st
 ROUTED = {"type": "moe", "num_experts": 4, "intermediate_size": 16, "router_size": 8}
 
 
-STAGE = {"hidden_size": 32, "encoder": ["block0"], "decoder": ["block0"], "target_ratio": 4.0}
+STAGE = {"hidden_size": 32, "encoder": ["block0"], "decoder": ["block0", "block1"], "target_ratio": 4.0}
 HIERARCHY = {"type": "hnet", "stages": [STAGE], "ratio_loss_weight": 0.03}
 
 
@@ -258,8 +258,8 @@ def _model(channel: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
         ({"model": _model(ROUTED | {"experts_per_token": 5})}, "experts_per_token=5 is more than num_experts=4"),
         (
             {"model": _model(ROUTED, ROUTED | {"router_size": 16})},
-            "layers carry one router_state from each to the next, but blocks.block0.channel gives it 8 channels and "
-            "blocks.block1.channel 16; give both the same size",
+            "blocks of layers carry one router_state from each to the next, but blocks.block0.channel gives it 8 "
+            "channels and blocks.block1.channel 16; give both the same size",
         ),
         (
             {"model": _model(ROUTED | {"intermediate_size": 15}), "parallel": {"tensor": 2}},
@@ -276,8 +276,8 @@ def _model(channel: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
         ({"parallel": {"expert": 2}}, "parallel.expert=2, but no block of the model has routed experts; set it to 1"),
         ({"model": _model(ROUTED), "parallel": {"expert": 2, "zero": 3}}, "zero=3 does not go with expert=2"),
         (
-            {"model": _model(ROUTED | {"router": "linear"}) | {"hierarchy": HIERARCHY}},
-            "blocks.block0.channel: moe hands tensors from layer to layer, which the stages of a hierarchy do not pass",
+            {"model": _model(ROUTED, ROUTED | {"router_size": 16}) | {"layers": ["block1"], "hierarchy": HIERARCHY}},
+            "blocks of hierarchy.stages.0.decoder carry one router_state from each to the next, but blocks.block0",
         ),
         ({"model": _model(ROUTED), "parallel": {"expert": 2, "data": 3}}, "data=3 is not divisible by expert=2"),
     ],

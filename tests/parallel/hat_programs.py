@@ -14,13 +14,17 @@ from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.agreement import combine_ranks
 from pretrain.parallel.schedule import run_schedule
 from pretrain.plan import plan
-from tests.models.hat_models import hat_config, random_words
+from tests.configurations import tiny_config
+from tests.models.hat_models import WORDS, hat_model, random_words
 from tests.parallel.programs import local_weights, open_engine, synthetic_batch
 
 
-def hat_steps(overrides: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights."""
-    config = hat_config(**overrides)
+def hat_steps(overrides: dict[str, dict[str, Any]], steps: int, model: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights.
+
+    The model is that of the tests, unless one is given.
+    """
+    config = tiny_config(model=model or hat_model(), **{"data": WORDS, **overrides})
     torch.manual_seed(dist.get_rank())
     topology, engine = open_engine(config)
     train, trajectory, metrics = config.train, [], []

@@ -15,9 +15,14 @@ from tests.models.hnet_models import hnet_model
 from tests.parallel.programs import local_weights, one_step, open_engine
 
 
-def hnet_steps(stages: int, overrides: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights."""
-    model = hnet_model(stages)
+def hnet_steps(
+    stages: int, overrides: dict[str, dict[str, Any]], steps: int, model: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains on synthetic batches; every rank returns losses, norms, metrics, slices of the final weights.
+
+    The model is that of the tests with so many stages, unless one is given.
+    """
+    model = model or hnet_model(stages)
     # So large that a ratio loss of a part of the batch would be seen.
     model["hierarchy"]["ratio_loss_weight"] = 5.0
     model["hierarchy"]["inner_learning_rate_factor"] = 0.5

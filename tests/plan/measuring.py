@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +54,9 @@ class Allocations(TorchDispatchMode):
 
 
 def bytes_kept(model: Decoder, sequence_length: int, layer: int = 0, batch: int = 1) -> int:
-    """Bytes alive between a block's forward and backward pass, its output included, its input not."""
-    hidden = torch.randn(sequence_length, batch, model.model.hidden_size, dtype=model.compute_dtype)
+    """Bytes alive between a block's forward and backward pass on this rank, its output included, its input not."""
+    here = sequence_length // (model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1)
+    hidden = torch.randn(here, batch, model.model.hidden_size, dtype=model.compute_dtype)
     starts = torch.zeros(batch, sequence_length, dtype=torch.bool)
     with Allocations() as allocations:
         given = initial_carried(hidden, model.carried_channels)
@@ -63,6 +65,9 @@ def bytes_kept(model: Decoder, sequence_length: int, layer: int = 0, batch: int 
         for tensor in given.values():
             allocations.storages.pop(tensor.untyped_storage()._cdata, None)
         del state, carried
+    # Threads that sent tensors let go of them a little later.
+    for _ in range(4):
+        dist.barrier()
     kept = allocations.bytes_alive()
     assert output.requires_grad
     return kept

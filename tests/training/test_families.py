@@ -15,17 +15,18 @@ from pretrain.observe.metrics import read_metrics
 from pretrain.train import Outcome, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
+# Made of what other families train with for as long.
+COMBINED = ["hnet_moe"]
+FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir() if path.name not in COMBINED)
 # Mixers that solve their recurrence by Newton's method report how that went.
 NEWTON = {"newton_residual", "newton_iterations", "newton_fallbacks"}
 # Mixtures of experts report how tokens fall on experts.
 ROUTED = {"moe_load", "moe_entropy", "moe_balance_loss", "moe_z_loss", "moe_dropped"}
 
 
-def _config(family: str, directory: Path) -> Config:
-    return load_config(
-        CONFIGS / f"runs/{family}_tiny.yaml", [f"run.directory={directory}", "train.device=cpu", "parallel.data=1"]
-    )
+def _config(family: str, directory: Path, *overrides: str) -> Config:
+    fixed = [f"run.directory={directory}", "train.device=cpu", "parallel.data=1"]
+    return load_config(CONFIGS / f"runs/{family}_tiny.yaml", [*fixed, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,20 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
             assert record["newton_iterations"] >= 3
     else:
         assert not any(record.keys() & NEWTON for record in records)
+
+
+@pytest.mark.parametrize("family", COMBINED)
+def test_combined_families_begin_to_learn(family: str, tmp_path: Path) -> None:
+    train(_config(family, tmp_path, "train.steps=50", "train.evaluate_every=25"), "never")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.5)
+    assert records[49]["held_out_bits_per_byte"] < 4.3 < records[24]["held_out_bits_per_byte"] < 4.8
+    for record in records:
+        assert record.keys() >= ROUTED | {"ratio_loss_0", "bytes_per_chunk_0"} and not record["skipped"]
+        assert record["moe_dropped"] == 0 and 1 <= record["moe_load"] <= 4
+        # Of probabilities of four experts, in nats.
+        assert 0 < record["moe_entropy"] < 1.39
+    assert records[0]["moe_balance_loss"] == pytest.approx(2, abs=0.1)
 
 
 def test_runs_of_a_family_are_scored_on_the_bytes_of_the_baseline(bigram: float, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pretrain.models.modeling import NORMS, Projections, empty_parameter
 
 from .block_stack import BlockStack
 from .configuration_recurrent import RecurrentConfig
-from .modeling_recurrent import RecurrentForCausalLM, States
+from .modeling_recurrent import RecurrentForCausalLM, States, initial_carried, shared_modules
 
 
 class WordPooling(nn.Module):
@@ -95,7 +95,9 @@ class HATForCausalLM(RecurrentForCausalLM):
         self.pooling = WordPooling(config)
         self.shift = WordShift(config.hidden_size)
         self.readers = nn.ModuleList(WordReader(config) for _ in hierarchy["decoder"])
-        self.decoder = nn.ModuleList(BlockStack(config, names, size, has_norm=False) for names in hierarchy["decoder"])
+        shared = shared_modules(config, [name for names in hierarchy["decoder"] for name in names], size)
+        self.decoder_shared = shared
+        self.decoder = nn.ModuleList(BlockStack(config, names, size, False, shared) for names in hierarchy["decoder"])
 
     @property
     def residual_streams(self) -> int:
@@ -189,17 +191,18 @@ class HATForCausalLM(RecurrentForCausalLM):
         starts = word_starts.clone()
         starts[:, 0] = True
         counts, word = starts.sum(1), starts.cumsum(1) - 1
-        encoded, _ = self.encoder(hidden, None, "encoder")
+        encoded, _, _ = self.encoder(hidden, None, "encoder")
         known = encoded.new_zeros(*encoded.shape[:2], self.config.hidden_size)
         # Sequences with equally many words together.
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
             vectors = self.pooling(encoded[rows], word[rows], count)
+            carried = initial_carried(vectors, self.layers)
             for block in self.layers:
-                vectors, _, _ = block(vectors, None, {})
+                vectors, _, carried = block(vectors, None, carried)
             places = word[rows][..., None].expand(-1, -1, self.config.hidden_size)
             known = known.index_put((rows,), self.shift(vectors).gather(1, places))
-        output = encoded
+        output, carried = encoded, None
         for index, (reader, blocks) in enumerate(zip(self.readers, self.decoder, strict=True)):
-            output, _ = blocks(reader(output, known), None, f"decoder.{index}")
+            output, carried, _ = blocks(reader(output, known), None, f"decoder.{index}", carried)
         return [hidden, output], []

@@ -12,7 +12,7 @@ from pretrain.models.modeling import NORMS, empty_parameter
 
 from .block_stack import BlockStack, NamedStates
 from .configuration_recurrent import RecurrentConfig
-from .modeling_recurrent import RecurrentForCausalLM, States
+from .modeling_recurrent import RecurrentForCausalLM, States, initial_carried
 
 
 class Router(nn.Module):
@@ -134,11 +134,13 @@ class HNetForCausalLM(RecurrentForCausalLM):
         """Stage ``index`` with all that stands further in; behind the last one that are the layers."""
         if index == len(self.stages):
             final: NamedStates = {}
+            carried = initial_carried(hidden, self.layers)
             for layer, block in enumerate(self.layers):
-                hidden, final[str(layer)], _ = block(hidden, None if states is None else states[str(layer)], {})
+                state = None if states is None else states[str(layer)]
+                hidden, final[str(layer)], carried = block(hidden, state, carried)
             return self.inner_norm(hidden), final
         stage, name = self.stages[index], f"stages.{index}"
-        encoded, final = stage.encoder(hidden, states, f"{name}.encoder")
+        encoded, _, final = stage.encoder(hidden, states, f"{name}.encoder")
         probability = stage.router(encoded, None if states is None else states[f"{name}.router"]["previous"])
         chosen = probability > 0.5
         confidence = torch.where(chosen, probability, 1.0 - probability)[..., None]
@@ -161,7 +163,7 @@ class HNetForCausalLM(RecurrentForCausalLM):
         # Forward the confidence is 1; training goes through it (Bengio et al. 2013, arXiv 1308.3432).
         passed = confidence + (1.0 - confidence).detach()
         decoded = (smoothed * passed + stage.residual(encoded)).to(encoded.dtype)
-        output, decoder_final = stage.decoder(decoded, states, f"{name}.decoder")
+        output, _, decoder_final = stage.decoder(decoded, states, f"{name}.decoder")
         return output, final | decoder_final
 
     def _chunks(

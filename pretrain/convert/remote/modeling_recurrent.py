@@ -6,6 +6,7 @@ states of the layers are the ``past_key_values``. Documents within a sequence ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +116,29 @@ class RecurrentBlock(GradientCheckpointingLayer):
         return hidden, state, carried
 
 
-def shared_modules(config: RecurrentConfig) -> dict[str, nn.Module]:
-    """What a model has once, however many of its layers use it, by name."""
+def shared_modules(config: RecurrentConfig, names: Sequence[str], hidden_size: int) -> nn.ModuleDict:
+    """What a network of blocks has once, however many of them use it, by name."""
     modules: dict[str, nn.Module] = {}
-    for name in dict.fromkeys(config.layers):
+    for name in dict.fromkeys(names):
         for part, classes in (("mixer", MIXERS), ("channel", CHANNELS)):
             settings = dict(config.blocks[name].get(part, {}))
             made = getattr(classes[settings.pop("type")], "shared_modules", None) if settings else None
-            modules |= {} if made is None else made(config.hidden_size, **settings)
-    return modules
+            modules |= {} if made is None else made(hidden_size, **settings)
+    return nn.ModuleDict(modules)
+
+
+def share(blocks: Iterable[RecurrentBlock], modules: nn.ModuleDict) -> None:
+    """Gives blocks what their network has once; it does not become a part of them."""
+    for block in blocks:
+        for part in (block.mixer, block.channel):
+            if part is not None:
+                object.__setattr__(part, "shared", modules)
+
+
+def initial_carried(hidden: Tensor, blocks: Iterable[RecurrentBlock]) -> Carried:
+    """What the first block of a network finds: zeros for the positions of ``hidden``."""
+    channels = {name: size for block in blocks for name, size in block.carried.items()}
+    return {name: hidden.new_zeros(*hidden.shape[:2], size, dtype=torch.float32) for name, size in channels.items()}
 
 
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
@@ -141,12 +156,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(
             RecurrentBlock(config, config.blocks[name], config.hidden_size) for name in config.layers
         )
-        self.shared = nn.ModuleDict(shared_modules(config))
-        for block in self.layers:
-            for part in (block.mixer, block.channel):
-                if part is not None:
-                    # Not as a part of it: these modules belong to the model.
-                    object.__setattr__(part, "shared", self.shared)
+        self.shared = shared_modules(config, config.layers, config.hidden_size)
+        share(self.layers, self.shared)
         self.output_norm = NORMS[config.norm](config.embedding_size, config.norm_epsilon)
         self.head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self._make_further_modules()
@@ -275,10 +286,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _blocks(self, hidden: Tensor, states: States | None) -> tuple[list[Tensor], States]:
         per_block, final = [hidden], []
-        channels = {name: size for block in self.layers for name, size in block.carried.items()}
-        carried = {
-            name: hidden.new_zeros(*hidden.shape[:2], size, dtype=torch.float32) for name, size in channels.items()
-        }
+        carried = initial_carried(hidden, self.layers)
         for layer, block in enumerate(self.layers):
             hidden, state, carried = block(hidden, None if states is None else states[layer], carried)
             per_block.append(hidden)

@@ -41,6 +41,19 @@ class Chunks:
         """``(batch,)`` int64, place in the row of each sequence's first chunk, or where it would be."""
         return self.counts.cumsum(0) - self.counts
 
+    def row_of_documents(self, outer: Documents | None) -> Documents:
+        """Where documents begin in the row of chunks, and how many chunks each sequence has.
+
+        Args:
+            outer: of the positions that were chunked, all of them at their beginning; None: each row is a sequence.
+        """
+        counts = self.counts
+        if outer is not None and outer.sequence_lengths is not None:
+            # The row that was chunked holds several sequences itself.
+            ends = self.latest[0, outer.sequence_lengths.cumsum(0) - 1] + 1
+            counts = ends.diff(prepend=ends.new_zeros(1))
+        return Documents((self.begins_sequence | self.begins_document)[None], sequence_lengths=counts)
+
     @property
     def begins_sequence(self) -> Tensor:
         """``(chunks,)`` bool, the first of each sequence in this call."""

@@ -28,6 +28,7 @@ def cost(
     cell = {"router_cell": 6 * size * size + 6 * size} if config.router == "recurrent" else {}
     router = size * (hidden_size + experts) if config.router == "recurrent" else experts * hidden_size
     products = router + each * expert + shared_expert + (6 * size * size if cell else 0)
+    activations, replicated, by_position = _activation_bytes(config, hidden_size, bytes_per_element)
     return MixerCost(
         parameters=router + experts * expert + shared_expert,
         parameters_replicated=router,
@@ -39,28 +40,34 @@ def cost(
         executed_scan_flops_per_token=0.0,
         executed_scan_backward_flops_per_token=0.0,
         state_bytes=0,
-        activation_bytes_per_token=_activation_bytes(config, hidden_size, bytes_per_element),
+        activation_bytes_per_token=activations,
+        activation_bytes_replicated=replicated,
+        activation_bytes_by_position=by_position,
         # Gradients of what the experts read, of what they keep inside, and of what they return.
         working_bytes_per_token=float(each * (2 * hidden_size + 4 * inner) * bytes_per_element),
+        working_bytes_replicated=float(each * 2 * hidden_size * bytes_per_element),
     )
 
 
-def _activation_bytes(config: MoEConfig, hidden_size: int, bytes_per_element: int) -> float:
+def _activation_bytes(config: MoEConfig, hidden_size: int, bytes_per_element: int) -> tuple[float, float, float]:
+    """Per token: all; what each tensor-parallel rank keeps of all tokens; what it keeps of those that it routes."""
     each = config.experts_per_token
-    # Each expert's input, its output for the product with the weight, and as in SwiGLU four tensors between them.
-    elements = each * (2 * hidden_size + 4 * config.intermediate_size)
-    elements += 4 * (config.shared_expert_size or 0)
-    # Each expert's weight, in the dtype of the output that it multiplies.
-    elements += each
-    # Probabilities; those of the chosen, and their sum; for the z loss logits and log-partition.
+    # Between an expert's input and its output as in SwiGLU four tensors, whose channels are split.
+    split = 4 * (each * config.intermediate_size + (config.shared_expert_size or 0)) * bytes_per_element
+    # Each expert's input, its output for the product with the weight, and that weight in the same dtype; the order of
+    # rows there and back.
+    replicated = each * (2 * hidden_size + 1) * bytes_per_element + 2 * each * INT64
+    # The choice; probabilities, those of the chosen, and their sum; for the z loss logits and log-partition. Each
+    # position's shares of experts, kept where a row holds several sequences as chunks do, are not counted.
+    routed = each * INT64
     floats = config.num_experts + each + 1
     floats += config.num_experts + 1 if config.z_coefficient else 0
     if bytes_per_element != FLOAT32:
         # The router reads a float32 copy. The norm's result, which the block counts, is then the shared expert's alone.
         floats += hidden_size
-        elements -= hidden_size if config.shared_expert_size is None else 0
+        routed -= hidden_size * bytes_per_element if config.shared_expert_size is None else 0
     if config.router == "recurrent":
         # The cell's input, three gates, the state's part of them, and the state that it returns.
         floats += 8 * config.router_size
-    # The choice of each token, and the order of rows there and back.
-    return float(elements * bytes_per_element + floats * FLOAT32 + 3 * each * INT64)
+    routed += floats * FLOAT32
+    return float(split + replicated + routed), float(replicated), float(routed)

@@ -33,18 +33,20 @@ from pretrain.models.channel.moe.router import (
 from pretrain.models.channel.swiglu.config import SwiGLUConfig
 from pretrain.models.channel.swiglu.mixer import SwiGLU
 from pretrain.models.mixer import Carried, ChannelMixer, LayerContext
-from pretrain.models.registry import AUXILIARY_LOSS
+from pretrain.models.registry import AUXILIARY_LOSS, SEQUENCE_LENGTHS
 
 
 class MoE(ChannelMixer):
     """Each token through its likeliest experts, their outputs weighted by their probabilities.
 
     Routing happens where the token is, before anything is sent: under sequence parallelism each rank routes its own
-    part of the sequence. Metrics are over all tokens of a step, those without a label included:
+    part of the sequence. Metrics are over all tokens of a step, those without a label included (chunks or words, where
+    the layer stands over those):
 
     * ``moe_load``: rows of the busiest expert over the mean of its layer, the largest of any layer;
     * ``moe_entropy``: of the router's probabilities, in nats, mean over tokens and layers;
-    * ``moe_balance_loss``, ``moe_z_loss``: means over tokens and layers, without their coefficients;
+    * ``moe_balance_loss``, ``moe_z_loss``: means over tokens and layers, without their coefficients; a layer that
+      carries nothing is not told of sequences within a row, and its figure then is of the row;
     * ``moe_dropped``: choices that no expert worked on, which is always 0.
     """
 
@@ -78,7 +80,7 @@ class MoE(ChannelMixer):
         else:
             logits = self.router(hidden)
         routing = route(logits, self.config.experts_per_token, self.sequence_parallel)
-        losses = self._losses(logits, routing)
+        losses = self._losses(logits, routing, updated.get(SEQUENCE_LENGTHS))
         coefficients = (self.config.balance_coefficient, self.config.z_coefficient)
         for loss, coefficient in zip(losses, coefficients, strict=True):
             if coefficient:
@@ -89,18 +91,20 @@ class MoE(ChannelMixer):
             output = (1 - share) * output + share * self.shared_expert(hidden)
         return (output, updated) if self.config.carried(hidden.shape[-1]) else output
 
-    def _losses(self, logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Both losses of each token of this rank, without their coefficients."""
-        choices = choices_per_sequence(routing.experts, self.config.num_experts, self.sequence_parallel)
+    def _losses(self, logits: Tensor, routing: Routing, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both losses of each token of this rank, without their coefficients.
+
+        ``lengths``: of the sequences that stand in the only row; None: each row is one.
+        """
+        choices = choices_per_sequence(routing.experts, self.config.num_experts, self.sequence_parallel, lengths)
         tokens = logits.shape[0]
         if self.sequence_parallel:
             tokens *= parallel_state.get_tensor_model_parallel_world_size()
-        balance, z = balance_loss(routing, choices, tokens), z_loss(logits)
+        balance, z = balance_loss(routing, choices, tokens if lengths is None else lengths), z_loss(logits)
         with torch.no_grad():
             entropy = torch.special.entr(routing.probabilities).sum(dim=-1)
             sums = torch.stack([entropy.sum(), balance.sum(), z.sum(), entropy.new_tensor(float(entropy.numel()))])
-            self._sums = self._sums + sums.double()
-            self._choices = self._choices + choices.sum(dim=0).double()
+            self._counted = self._counted + torch.cat([sums, choices.sum(dim=0)]).double()
         return balance, z
 
     def _routed(self, hidden: Tensor, routing: Routing) -> Tensor:
@@ -128,17 +132,17 @@ class MoE(ChannelMixer):
         return reduce_from_tensor_model_parallel_region(output)
 
     def _reset_metrics(self) -> None:
-        self._sums: Tensor | float = 0.0
-        self._choices: Tensor | float = 0.0
+        self._counted: Tensor | float = 0.0
         self._sent_less_worked = 0
 
     def take_metrics(self) -> dict[str, float]:
-        if not isinstance(self._sums, Tensor):
+        if not isinstance(self._counted, Tensor):
             return {}
-        dist.all_reduce(self._choices, group=parallel_state.get_data_parallel_group())
-        entropy, balance, z, tokens = self._sums.tolist()
+        # Ranks need not have equally many tokens: there may be more chunks of one's bytes than of another's.
+        dist.all_reduce(self._counted, group=parallel_state.get_data_parallel_group())
+        (entropy, balance, z, tokens), choices = self._counted[:4].tolist(), self._counted[4:]
         found = {
-            "moe_load": (self._choices.max() / self._choices.mean()).item(),
+            "moe_load": (choices.max() / choices.mean()).item(),
             "moe_entropy": entropy / tokens,
             "moe_balance_loss": balance / tokens,
             "moe_z_loss": z / tokens,

@@ -114,18 +114,28 @@ def route(logits: Tensor, experts_per_token: int, sequence_parallel: bool) -> Ro
     return Routing(probabilities, experts, weights)
 
 
-def choices_per_sequence(experts: Tensor, num_experts: int, sequence_parallel: bool) -> Tensor:
+def choices_per_sequence(
+    experts: Tensor, num_experts: int, sequence_parallel: bool, lengths: Tensor | None = None
+) -> Tensor:
     """How many tokens of each sequence chose each expert, of the whole sequence on every rank.
 
     Args:
         experts: ``(sequence, batch, experts_per_token)`` int64.
         num_experts: of the layer.
         sequence_parallel: whether ranks hold parts of the sequence.
+        lengths: ``(sequences,)`` int64, of the sequences that stand one after the other where ``batch`` is 1; None:
+            each row is one.
 
     Returns:
-        ``(batch, num_experts)`` float32 whole numbers.
+        ``(batch, num_experts)``, or ``(sequences, num_experts)``, float32 whole numbers.
     """
     sequence, batch, each = experts.shape
+    if lengths is not None:
+        of = torch.arange(len(lengths), device=experts.device).repeat_interleave(lengths, output_size=sequence)
+        places = (of[:, None] * num_experts + experts[:, 0]).flatten()
+        counts = torch.zeros(len(lengths) * num_experts, device=experts.device)
+        counts.scatter_add_(0, places, torch.ones(places.shape, device=experts.device))
+        return counts.view(-1, num_experts)
     by_sequence = experts.transpose(0, 1).reshape(batch, sequence * each)
     counts = torch.zeros(batch, num_experts, device=experts.device)
     counts.scatter_add_(1, by_sequence, torch.ones(by_sequence.shape, device=experts.device))
@@ -134,7 +144,7 @@ def choices_per_sequence(experts: Tensor, num_experts: int, sequence_parallel: b
     return counts
 
 
-def balance_loss(routing: Routing, choices: Tensor, tokens: int) -> Tensor:
+def balance_loss(routing: Routing, choices: Tensor, tokens: int | Tensor) -> Tensor:
     """Load-balancing loss of each token, whose mean over a sequence is ``E sum_e f_e P_e``.
 
     f_e is the share of the sequence's tokens that chose expert e (all shares sum to ``experts_per_token``) and P_e the
@@ -144,12 +154,17 @@ def balance_loss(routing: Routing, choices: Tensor, tokens: int) -> Tensor:
     Args:
         routing: of ``(sequence, batch)`` tokens, this rank's part of the sequence.
         choices: ``(batch, experts)``, see :func:`choices_per_sequence`.
-        tokens: of a whole sequence.
+        tokens: of a whole sequence; of each that stands in the only row, ``(sequences,)`` int64, and ``choices`` is of
+            those.
 
     Returns:
         ``(sequence, batch)`` float32; the shares pass no gradient on.
     """
-    shares = choices / tokens
+    if isinstance(tokens, Tensor):
+        positions = routing.probabilities.shape[0]
+        shares = (choices / tokens[:, None]).repeat_interleave(tokens, dim=0, output_size=positions)[:, None]
+    else:
+        shares = choices / tokens
     return choices.shape[-1] * (routing.probabilities * shares).sum(dim=-1)
 
 

@@ -20,7 +20,11 @@ def outer_costs(config: HATConfig, hidden_size: int, bytes_per_element: int) -> 
         bytes_per_element: of activations.
     """
     size, words, element = config.hidden_size, 1.0 / config.bytes_per_word, bytes_per_element
-    costs = [OuterCost(size, 1.0, block=name) for name in (*config.encoder, *config.decoder)]
+    costs = [
+        OuterCost(size, 1.0, block=name, place=f"hierarchy.{part}")
+        for part in ("encoder", "decoder")
+        for name in getattr(config, part)
+    ]
     # Kept at each byte: key and value, both in the order of rows, in float32 as far as they are not already, the
     # weighted value, and weights of heads; at each word: the pooled vector before and after its division.
     cast = 0 if element == _FLOAT32 else _FLOAT32

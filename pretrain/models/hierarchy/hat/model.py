@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from data.batch import Batch
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
+from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import Decoder
+from pretrain.models.hierarchy.auxiliary import added, of_chunks
 from pretrain.models.hierarchy.blocks import BlockStack
 from pretrain.models.hierarchy.chunking import find_chunks, read_by_counts
 from pretrain.models.hierarchy.hat.open_words import find_words, known_before, open_word_state
 from pretrain.models.hierarchy.hat.words import WordPooling, WordReader, WordShift, WordSums
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
+from pretrain.models.sharing import shared_modules
 
 
 class HAT(Decoder):
@@ -32,6 +35,10 @@ class HAT(Decoder):
     reaches only the bytes of later words, so a byte is predicted from bytes before it alone. Packed documents are
     documents alone. The words of all sequences of a micro-batch stand in one row, without padding; see
     :class:`pretrain.models.hierarchy.chunking.Chunks`.
+
+    Encoder, ``layers`` and decoder are networks of their own: each has its router's GRU for itself, and begins what its
+    layers carry with zeros; in the decoder that passes where words are read. What becomes of their auxiliary losses,
+    :mod:`pretrain.models.hierarchy.auxiliary` says; a byte is part of the word that it stands in.
     """
 
     def __init__(self, model: ModelConfig, megatron: TransformerConfig):
@@ -39,15 +46,22 @@ class HAT(Decoder):
         config = model.hierarchy
         size, encoders, decoders = config.hidden_size, len(config.encoder), len(config.decoder)
         total = encoders + decoders
-        self.encoder = BlockStack(config.encoder, size, model, megatron, (0, total), has_norm=False)
+        place = "hierarchy.encoder"
+        self.encoder = BlockStack(config.encoder, size, model, megatron, (0, total), False, place)
         self.pooling = WordPooling(size, config.num_heads, model, megatron)
         self.shift = WordShift(model.hidden_size)
         parts = [config.decoder] if config.read_words == "first" else [[name] for name in config.decoder]
         self.readers = nn.ModuleList(WordReader(size, total, model, megatron) for _ in parts)
+        context = LayerContext(size, encoders, total, megatron)
+        blocks = [model.blocks[name] for name in config.decoder]
+        shared = self.decoder_shared = nn.ModuleDict(shared_modules(blocks, context))
+        place = "hierarchy.decoder"
         self.decoder = nn.ModuleList(
-            BlockStack(names, size, model, megatron, (encoders + index, total), has_norm=False)
+            BlockStack(names, size, model, megatron, (encoders + index, total), False, place, shared)
             for index, names in enumerate(parts)
         )
+        # Each network begins what it carries by itself; nothing comes with the embeddings.
+        self.inner_channels, self.carried_channels = self.carried_channels, {}
         # Bytes and words since figures were last taken.
         self.counted: list[Tensor] = []
 
@@ -89,23 +103,18 @@ class HAT(Decoder):
             )
         if keep_states:
             hidden, final = self._continue(hidden, states, documents)
-            return hidden, carried, final
+            return hidden, {}, final
         starts = documents.starts
         words = find_chunks(documents.word_starts | starts, starts, continues=False)
         count = len(words.row)
         if torch.is_grad_enabled():
             self.counted.append(torch.tensor([starts.numel(), count], dtype=torch.float64, device=starts.device))
-        encoded, _ = self.encoder(hidden, None, documents, "encoder")
-        begins = words.begins_sequence | words.begins_document
-        vectors = self.pooling(encoded, words.latest, count)
-        # Blocks that carry anything are refused in a hierarchy.
-        vectors, _, _ = super()._blocks(vectors, {}, None, Documents(begins[None]), False)
-        vectors = self.shift(vectors, begins)
-        hidden = encoded
-        for index, (reader, blocks) in enumerate(zip(self.readers, self.decoder, strict=True)):
-            hidden = reader(hidden, vectors, words.latest)
-            hidden, _ = blocks(hidden, None, documents, f"decoder.{index}")
-        return hidden, carried, {}
+        encoded, of_encoder, _ = self.encoder(hidden, None, documents, "encoder")
+        row = words.row_of_documents(documents)
+        vectors, of_words, _ = self._backbone(self.pooling(encoded, words.latest, count), None, row, False)
+        vectors = self.shift(vectors, row.starts[0])
+        hidden, of_decoder, _ = self._decode(encoded, vectors, words.latest, None, documents)
+        return hidden, added(of_encoder, of_chunks(of_words, words.latest), of_decoder), {}
 
     def _continue(
         self, hidden: Tensor, states: dict[str, State] | None, documents: Documents
@@ -119,7 +128,7 @@ class HAT(Decoder):
         opened = None if states is None else states["open_word"]
         begins = None if opened is None else opened["begins_document"] > 0
         row = find_words(documents.word_starts, documents.starts, begins)
-        encoded, final = self.encoder(hidden, states, documents, "encoder")
+        encoded, _, final = self.encoder(hidden, states, documents, "encoder")
         earlier = None
         if opened is not None:
             earlier = (row.first, WordSums(opened["highest"], opened["total"], opened["mixed"]))
@@ -128,21 +137,34 @@ class HAT(Decoder):
         # Every state is there from the beginning, although no word has ended yet.
         before = self._backbone_start(len(row.counts), hidden.device) if states is None else states
         before = {layer: before[layer] for layer in self.layers if layer in before}
-        read, after = read_by_counts(self._backbone, vectors, row.begins_document[row.ended], row.counts, before)
+        read, after = read_by_counts(
+            lambda vectors, states, documents: self._backbone(vectors, states, documents, True)[::2],
+            vectors,
+            row.begins_document[row.ended],
+            row.counts,
+            before,
+        )
         known = known_before(row, read, self.shift.first_word, None if opened is None else opened["known"])
         final |= after | {"open_word": open_word_state(row, sums, known)}
-        hidden = encoded
+        hidden, _, decoder_final = self._decode(encoded, known[:, None], row.word, states, documents)
+        return hidden, final | decoder_final
+
+    def _decode(
+        self, hidden: Tensor, vectors: Tensor, word: Tensor, states: dict[str, State] | None, documents: Documents
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
+        """The decoder's output, what its layers carry, and its states, from bytes that read what they may of words."""
+        carried, final = None, {}
         for index, (reader, blocks) in enumerate(zip(self.readers, self.decoder, strict=True)):
-            hidden = reader(hidden, known[:, None], row.word)
-            hidden, decoder_final = blocks(hidden, states, documents, f"decoder.{index}")
-            final |= decoder_final
-        return hidden, final
+            hidden = reader(hidden, vectors, word)
+            hidden, carried, part = blocks(hidden, states, documents, f"decoder.{index}", carried)
+            final |= part
+        return hidden, carried, final
 
     def _backbone(
-        self, vectors: Tensor, states: dict[str, State] | None, documents: Documents
-    ) -> tuple[Tensor, dict[str, State]]:
-        hidden, _, final = super()._blocks(vectors, {}, states, documents, True)
-        return hidden, final
+        self, vectors: Tensor, states: dict[str, State] | None, documents: Documents, keep_states: bool
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
+        carried = initial_carried(vectors, self.inner_channels, documents)
+        return super()._blocks(vectors, carried, states, documents, keep_states)
 
     def _backbone_start(self, batch: int, device: torch.device) -> dict[str, State]:
         blocks = {layer: block for layer, block in self.layers.items() if block.mixer is not None}

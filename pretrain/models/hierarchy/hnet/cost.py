@@ -25,7 +25,9 @@ def outer_costs(config: HNetConfig, hidden_size: int, bytes_per_element: int) ->
     widths = [stage.hidden_size for stage in config.stages] + [hidden_size]
     for index, stage in enumerate(config.stages):
         size = stage.hidden_size
-        costs += [OuterCost(size, positions, block=name) for name in (*stage.encoder, *stage.decoder)]
+        for part in ("encoder", "decoder"):
+            place = f"hierarchy.stages.{index}.{part}"
+            costs += [OuterCost(size, positions, block=name, place=place) for name in getattr(stage, part)]
         # The encoder's norm and the decoder's; the outermost decoder's is the model's own, before its head.
         joint = _joint(size, widths[index + 1] - size, stage.target_ratio, bytes_per_element)
         costs.append(OuterCost(size, positions, joint=joint, norms=1 if index == 0 else 2))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from data.packing import Batch
 from pretrain.config.schema import ModelConfig
+from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
+from pretrain.models.hierarchy.auxiliary import added, of_chunks
 from pretrain.models.hierarchy.chunking import find_chunks, read_by_counts
 from pretrain.models.hierarchy.hnet.dechunking import dechunk
 from pretrain.models.hierarchy.hnet.ratio_loss import RatioLoss
@@ -35,6 +37,10 @@ class HNet(Decoder):
     In training the chunks of all sequences of a micro-batch stand in one row, without padding; see
     :class:`pretrain.models.hierarchy.chunking.Chunks`. Where states are kept, for generation, sequences that
     have equally many chunks in a call go through the inner network together.
+
+    Every encoder, every decoder and ``layers`` are networks of their own: each has its router's GRU for itself, at its
+    learning rate, and begins what its layers carry with zeros. :mod:`pretrain.models.hierarchy.auxiliary` says what
+    becomes of their auxiliary losses.
     """
 
     def __init__(self, model: ModelConfig, megatron: TransformerConfig):
@@ -43,14 +49,16 @@ class HNet(Decoder):
         sizes = [stage.hidden_size for stage in config.stages] + [model.hidden_size]
         factors = [stage.learning_rate_factor for stage in config.stages] + [config.inner_learning_rate_factor]
         scale_learning_rate(self.parameters(), factors[0])
-        scale_learning_rate(self.layers.parameters(), factors[-1])
+        for module in (self.layers, self.shared):
+            scale_learning_rate(module.parameters(), factors[-1])
+        # Each network begins what it carries by itself; nothing comes with the embeddings.
+        self.inner_channels, self.carried_channels = self.carried_channels, {}
         self.inner_norm = NORMS[model.norm](model.hidden_size, model.norm_epsilon, False)
         scale_learning_rate(self.inner_norm.parameters(), factors[-1])
         self.stages = nn.ModuleList()
         for index, stage in enumerate(config.stages):
-            self.stages.append(
-                HNetStage(stage, model, megatron, sizes[index + 1], factors[index + 1], depth, has_norm=index > 0)
-            )
+            place, further_in = f"hierarchy.stages.{index}", (sizes[index + 1], factors[index + 1])
+            self.stages.append(HNetStage(stage, place, model, megatron, *further_in, depth, has_norm=index > 0))
             depth += len(stage.encoder) + len(stage.decoder)
         self.ratio_loss = RatioLoss([stage.target_ratio for stage in config.stages], config.ratio_loss_weight)
 
@@ -96,9 +104,7 @@ class HNet(Decoder):
         documents: Documents | None,
         keep_states: bool,
     ) -> tuple[Tensor, Carried, dict[str, State]]:
-        # Blocks that carry anything are refused in a hierarchy.
-        hidden, final = self._from_stage(0, hidden, states, documents, keep_states)
-        return hidden, carried, final
+        return self._from_stage(0, hidden, states, documents, keep_states)
 
     def _from_stage(
         self,
@@ -107,14 +113,18 @@ class HNet(Decoder):
         states: dict[str, State] | None,
         documents: Documents | None,
         keep_states: bool,
-    ) -> tuple[Tensor, dict[str, State]]:
-        """Stage ``index`` with all that stands further in; behind the last one that is the innermost network."""
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
+        """Stage ``index`` with all that stands further in; behind the last one that is the innermost network.
+
+        What is carried comes out with the positions of ``hidden``; where states are kept, nothing does.
+        """
         if index == len(self.stages):
-            hidden, _, final = super()._blocks(hidden, {}, states, documents, keep_states)
-            return self.inner_norm(hidden), final
+            carried = initial_carried(hidden, self.inner_channels, documents)
+            hidden, carried, final = super()._blocks(hidden, carried, states, documents, keep_states)
+            return self.inner_norm(hidden), carried, final
         stage, name = self.stages[index], f"stages.{index}"
         starts = None if documents is None else documents.starts
-        encoded, boundaries, final = stage.encode(hidden, states, documents, name)
+        encoded, boundaries, of_encoder, final = stage.encode(hidden, states, documents, name)
         self.ratio_loss.record(index, boundaries)
         chunks = find_chunks(boundaries.chosen, starts, continues=states is not None)
         vectors = stage.widen(chunks.gather(encoded))
@@ -123,22 +133,22 @@ class HNet(Decoder):
             if states is not None:
                 further_in = {key: state for key, state in states.items() if not key.startswith(f"{name}.")}
             vectors, inner_final = read_by_counts(
-                lambda row, before, documents: self._from_stage(index + 1, row, before, documents, True),
+                lambda row, before, documents: self._from_stage(index + 1, row, before, documents, True)[::2],
                 vectors,
                 chunks.begins_document,
                 chunks.counts,
                 further_in,
             )
         else:
-            row = Documents((chunks.begins_sequence | chunks.begins_document)[None])
-            vectors, inner_final = self._from_stage(index + 1, vectors[:, None], None, row, False)
+            row = chunks.row_of_documents(documents)
+            vectors, of_inner, _ = self._from_stage(index + 1, vectors[:, None], None, row, False)
             vectors = vectors[:, 0]
-        carried = None if states is None else states[f"{name}.dechunk"]["average"]
-        smoothed, average = dechunk(vectors[:, : stage.hidden_size], boundaries.probability, chunks, carried)
-        hidden, decoder_final = stage.decode(smoothed, encoded, boundaries, states, documents, name)
+        before = None if states is None else states[f"{name}.dechunk"]["average"]
+        smoothed, average = dechunk(vectors[:, : stage.hidden_size], boundaries.probability, chunks, before)
+        hidden, of_decoder, decoder_final = stage.decode(smoothed, encoded, boundaries, states, documents, name)
         if not keep_states:
-            return hidden, {}
-        return hidden, final | inner_final | decoder_final | {f"{name}.dechunk": {"average": average}}
+            return hidden, added(of_encoder, of_chunks(of_inner, chunks.latest), of_decoder), {}
+        return hidden, {}, final | inner_final | decoder_final | {f"{name}.dechunk": {"average": average}}
 
     def boundaries(self, tokens: Tensor, document_starts: Tensor | None) -> list[Tensor]:
         """Which positions of each stage begin a chunk, found by encoders and routers alone.
@@ -154,14 +164,14 @@ class HNet(Decoder):
         hidden = self._embed(tokens)
         documents, found = None if document_starts is None else Documents(document_starts), []
         for index, stage in enumerate(self.stages):
-            encoded, boundaries, _ = stage.encode(hidden, None, documents, f"stages.{index}")
+            encoded, boundaries, _, _ = stage.encode(hidden, None, documents, f"stages.{index}")
             found.append(boundaries.chosen)
             if len(found) == len(self.stages):
                 break
             starts = None if documents is None else documents.starts
             chunks = find_chunks(boundaries.chosen, starts, continues=False)
             hidden = stage.widen(chunks.gather(encoded))[:, None]
-            documents = Documents((chunks.begins_sequence | chunks.begins_document)[None])
+            documents = chunks.row_of_documents(documents)
         return found
 
     def chunk_starts(self, tokens: Tensor, document_starts: Tensor | None = None) -> list[Tensor]:

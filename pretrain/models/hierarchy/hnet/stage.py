@@ -10,7 +10,7 @@ from pretrain.config.schema import ModelConfig
 from pretrain.models.hierarchy.blocks import BlockStack
 from pretrain.models.hierarchy.hnet.config import HNetStageConfig
 from pretrain.models.hierarchy.hnet.routing import Boundaries, Router, choose, straight_through
-from pretrain.models.mixer import Documents, State
+from pretrain.models.mixer import Carried, Documents, State
 from pretrain.models.parameters import ParameterSpec, constant, new_parameter, scale_learning_rate
 
 
@@ -43,6 +43,7 @@ class HNetStage(nn.Module):
 
     Args:
         config: of this stage.
+        place: key of its configuration below ``model``.
         model, megatron: of the whole model.
         inner_size: width of what stands further in.
         inner_learning_rate_factor: of what stands further in, to whose width ``widen`` pads.
@@ -53,6 +54,7 @@ class HNetStage(nn.Module):
     def __init__(
         self,
         config: HNetStageConfig,
+        place: str,
         model: ModelConfig,
         megatron: TransformerConfig,
         inner_size: int,
@@ -64,11 +66,12 @@ class HNetStage(nn.Module):
         size, encoders = config.hidden_size, len(config.encoder)
         total = outer_depth + encoders + len(config.decoder)
         self.hidden_size = size
-        self.encoder = BlockStack(config.encoder, size, model, megatron, (outer_depth, total), True)
+        depth = (outer_depth, total)
+        self.encoder = BlockStack(config.encoder, size, model, megatron, depth, True, f"{place}.encoder")
         self.router = Router(size)
         self.residual = Residual(size)
         depth = (outer_depth + encoders, total)
-        self.decoder = BlockStack(config.decoder, size, model, megatron, depth, has_norm)
+        self.decoder = BlockStack(config.decoder, size, model, megatron, depth, has_norm, f"{place}.decoder")
         scale_learning_rate(self.parameters(), config.learning_rate_factor)
         # Parameters stand in modules that are called, or ZeRO-3 would not gather them.
         self.widen = Padding(inner_size - size) if inner_size > size else nn.Identity()
@@ -76,13 +79,13 @@ class HNetStage(nn.Module):
 
     def encode(
         self, hidden: Tensor, states: dict[str, State] | None, documents: Documents | None, name: str
-    ) -> tuple[Tensor, Boundaries, dict[str, State]]:
-        """The encoder's output, the boundaries in it, and the states of both."""
-        encoded, final = self.encoder(hidden, states, documents, f"{name}.encoder")
+    ) -> tuple[Tensor, Boundaries, Carried, dict[str, State]]:
+        """The encoder's output, the boundaries in it, what the encoder hands on, and the states of both."""
+        encoded, carried, final = self.encoder(hidden, states, documents, f"{name}.encoder")
         previous = None if states is None else states[f"{name}.router"]["previous"]
         probability = self.router(encoded, previous, None if documents is None else documents.starts)
         final[f"{name}.router"] = {"previous": encoded[-1].float()}
-        return encoded, choose(probability), final
+        return encoded, choose(probability), carried, final
 
     def decode(
         self,
@@ -92,7 +95,7 @@ class HNetStage(nn.Module):
         states: dict[str, State] | None,
         documents: Documents | None,
         name: str,
-    ) -> tuple[Tensor, dict[str, State]]:
+    ) -> tuple[Tensor, Carried, dict[str, State]]:
         """The decoder's output from the chunks' vectors at each position, float32, beside the encoder's output."""
         confidence = straight_through(boundaries.confidence).t()[..., None]
         hidden = (smoothed * confidence + self.residual(encoded)).to(encoded.dtype)
