@@ -67,7 +67,7 @@ def train(
     from pretrain.config import load_config
 
     loaded = load_config(config, overrides or ())
-    from pretrain.config.schema import check_world_size
+    from pretrain.config.layout import check_world_size
 
     problem = check_world_size(loaded, int(os.environ.get("WORLD_SIZE", "1")))
     if problem:

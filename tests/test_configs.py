@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pretrain.config import Config, dump_config, load_config, load_data_config, parse_config
-from pretrain.config.schema import check_world_size
+from pretrain.config.layout import check_world_size
 from pretrain.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pretrain.config.schema import Config, check_world_size
+from pretrain.config.layout import check_world_size
+from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.parallel.no_cuda import bridge_cuda_calls
 

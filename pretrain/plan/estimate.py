@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.config.schema import Config, check_world_size
+from pretrain.config.layout import check_world_size
+from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.plan.context import ContextPlan, plan_context
 from pretrain.plan.gpus import GPUFit, fit

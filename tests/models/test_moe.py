@@ -291,7 +291,7 @@ def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message:
 
 
 def test_processes_that_do_not_divide_are_refused() -> None:
-    from pretrain.config.schema import check_world_size
+    from pretrain.config.layout import check_world_size
 
     config = tiny_config(model=_model(ROUTED), parallel={"expert": 4})
     assert check_world_size(config, 4) is None

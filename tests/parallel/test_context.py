@@ -105,8 +105,15 @@ def test_what_cannot_be_cut_is_refused() -> None:
         "mixer": {"type": "mamba2", "head_size": 16},
         "channel": {"type": "moe", "num_experts": 4, "intermediate_size": 16},
     }
-    with pytest.raises(InputError, match="parallel.context=2 does not go with the routed experts of model.blocks.only"):
-        tiny_config(parallel={"context": 2}, model={"hidden_size": 32, "layers": ["only"], "blocks": {"only": moe}})
+    for blocks, settings, reason in (
+        ((moe,), {"data": {"sequence_length": 13}}, "data.sequence_length=13 is not divisible by 2"),
+        ((moe,), {"parallel": {"context_scheme": "chain"}}, r"wait for ever .* \(parallel.context_scheme=chain\)"),
+        ((moe, {"mixer": {"type": "slstm", "num_heads": 2}}), {}, r"wait for ever .* \(slstm\)"),
+    ):
+        parallel = {"context": 2} | settings.get("parallel", {})
+        given = sections(settings | {"model": mixers_only(*blocks), "parallel": parallel})
+        with pytest.raises(InputError, match=f"context=2 does not go with the routed experts of .*{reason}"):
+            tiny_config(**given)
     waiting = mixers_only({"mixer": {"type": "mamba2", "head_size": 16}}, {"mixer": {"type": "slstm", "num_heads": 2}})
     with pytest.raises(InputError, match="zero=2 does not go with parallel.context=2 .* its slstm layers wait"):
         tiny_config(parallel={"context": 2, "zero": 2, "context_scheme": "gather"}, model=waiting)

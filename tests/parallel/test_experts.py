@@ -47,8 +47,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "expert2_tensor2_sequence_zero0": (4, {"expert": 2, "tensor": 2, "sequence": True, "zero": 0}),
     "expert2_tensor2_sequence_zero2": (4, {"expert": 2, "tensor": 2, "sequence": True, "zero": 2}),
     "expert2_pipeline2_zero1": (4, {"expert": 2, "pipeline": 2, "zero": 1}),
+    "context2_expert2_zero2": (4, {"context": 2, "expert": 2, "zero": 2}),
 }
-RECOMPUTED = ["pipeline2_zero0", "data2_zero3", "expert2_tensor2_sequence_zero2", "expert2_pipeline2_zero1"]
+RECOMPUTED = [
+    "context2_expert2_zero2",
+    "pipeline2_zero0",
+    "data2_zero3",
+    "expert2_tensor2_sequence_zero2",
+    "expert2_pipeline2_zero1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
-from pretrain.config.schema import check_world_size
+from pretrain.config.layout import check_world_size
 from pretrain.plan import plan
 from tests.plan.conftest import CONFIGS
 

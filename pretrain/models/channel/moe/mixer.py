@@ -97,7 +97,7 @@ class MoE(ChannelMixer):
         ``lengths``: of the sequences that stand in the only row; None: each row is one.
         """
         choices = choices_per_sequence(routing.experts, self.config.num_experts, self.sequence_parallel, lengths)
-        tokens = logits.shape[0]
+        tokens = logits.shape[0] * parallel_state.get_context_parallel_world_size()
         if self.sequence_parallel:
             tokens *= parallel_state.get_tensor_model_parallel_world_size()
         balance, z = balance_loss(routing, choices, tokens if lengths is None else lengths), z_loss(logits)

@@ -122,7 +122,7 @@ def choices_per_sequence(
     Args:
         experts: ``(sequence, batch, experts_per_token)`` int64.
         num_experts: of the layer.
-        sequence_parallel: whether ranks hold parts of the sequence.
+        sequence_parallel: whether tensor-parallel ranks hold parts of the sequence; context-parallel ranks always do.
         lengths: ``(sequences,)`` int64, of the sequences that stand one after the other where ``batch`` is 1; None:
             each row is one.
 
@@ -141,6 +141,8 @@ def choices_per_sequence(
     counts.scatter_add_(1, by_sequence, torch.ones(by_sequence.shape, device=experts.device))
     if sequence_parallel:
         dist.all_reduce(counts, group=parallel_state.get_tensor_model_parallel_group())
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(counts, group=parallel_state.get_context_parallel_group())
     return counts
 
 
