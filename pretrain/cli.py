@@ -28,7 +28,8 @@ from pretrain.errors import (
 
 EXIT_CODES = """
 
-Exit codes: 0 done; 2 bad input, said in one sentence; 3 stopped by a signal, the state saved; 1 anything else.
+Exit codes: 0 done; 2 bad input, said in one sentence; 3 stopped by a signal, the state saved; 4 no
+progress for train.hang_seconds; 1 anything else.
 """
 
 app = typer.Typer(

@@ -6,6 +6,7 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED_BY_SIGNAL = 3
+EXIT_HUNG = 4
 
 
 class InputError(Exception):

@@ -40,7 +40,7 @@ def train(config: Config, resume: str = "auto") -> Outcome:
     """
     trainer = Trainer(config, resume)
     settings, position = config.train, trainer.position
-    with StopRequest() as stop, contextlib.closing(trainer), trainer.observer as observer:
+    with StopRequest() as stop, contextlib.closing(trainer), trainer.watchdog, trainer.observer as observer:
         if position.step >= settings.steps:
             observer.message(f"nothing to do: the run has all of its {settings.steps} steps")
         while position.step < settings.steps:

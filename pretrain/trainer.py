@@ -31,6 +31,7 @@ from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
+from pretrain.observe.watchdog import Watchdog
 from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.agreement import any_rank, combine_ranks, on_every_rank, on_main_rank, together
 from pretrain.parallel.build import build_engine, build_model
@@ -60,6 +61,8 @@ class Trainer:
         self.reader: ReadAhead[list[Batch]] = ReadAhead(self._read_batch)
         self.topology: Topology = build_topology(config)
         self.run = RunDirectory(Path(config.run.directory))
+        rank, size = self.topology.rank, self.topology.world_size
+        self.watchdog = Watchdog(self.run.path, rank, size, config.train.hang_seconds)
         try:
             self._open(resume)
         except BaseException:
@@ -189,6 +192,7 @@ class Trainer:
             DataError: on every rank, where one of them could not read its part; the position stays where it is.
         """
         position, train = self.position, self.config.train
+        self.watchdog.begin(position.step + 1, "reading data")
         self.observer.start_step()
         following = position.samples + train.global_batch_size if position.step + 1 < train.steps else None
         return together(lambda: self.reader.take(position.samples, following), self.topology.device)
@@ -196,12 +200,14 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Updates the weights with what :meth:`read_step` has read, and moves the position on."""
         config, topology, position = self.config, self.topology, self.position
+        self.watchdog.begin(position.step + 1, "forward and backward")
         # What an evaluation left behind.
         self.engine.decoder.take_metrics()
         with self.engine.accumulate():
             loss: BatchLoss = run_schedule(
                 self.engine.model, self.engine.decoder, micro_batches, topology.device, train=True
             )
+        self.watchdog.begin(position.step + 1, "optimizer step")
         rate = learning_rate(config, position.step)
         result: StepResult = self.engine.step(rate)
         if topology.device.type == "cuda":
@@ -251,6 +257,7 @@ class Trainer:
 
     def evaluate(self) -> BatchLoss:
         """Loss on held-out samples, recorded with the last step."""
+        self.watchdog.begin(self.position.step, "evaluation")
         loss = evaluate_held_out(
             self.engine.model,
             self.engine.decoder,
@@ -275,6 +282,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint and removes those that ``keep_last`` and ``keep_every`` do not keep."""
+        self.watchdog.begin(self.position.step, "saving")
         self.observer.sync()
         path = save_training(
             self.run.checkpoints,

@@ -245,6 +245,12 @@ class TrainConfig(StrictModel):
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="also keep checkpoints of multiples of this step")
     log_every: int = Field(1, ge=1, description="steps between lines where there is no terminal")
+    hang_seconds: float | None = Field(
+        1500.0,
+        gt=0,
+        description="seconds without progress after which every process says where it is, writes its stacks to "
+        "RUN/hung and ends with exit code 4; null: never. Collective calls give up by themselves after 1800",
+    )
     max_skipped_steps: int = Field(
         10, ge=1, description="steps in a row with a gradient that is not finite before the run stops"
     )

@@ -24,16 +24,17 @@ from pretrain.errors import InputError
 _TAIL_BYTES = 1 << 16
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that a reader, or a crash, sees the earlier content or the new one and nothing between.
 
-    Writes ``<name>.tmp`` beside it, forces that to disk, and renames it.
+    Writes ``<name>.tmp`` beside it, forces that to disk where it shall be ``durable``, and renames it.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
