@@ -31,6 +31,7 @@ from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
+from pretrain.observe.slow_ranks import SlowRanks
 from pretrain.observe.watchdog import Watchdog
 from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.agreement import any_rank, combine_ranks, on_every_rank, on_main_rank, together
@@ -62,6 +63,7 @@ class Trainer:
         self.topology: Topology = build_topology(config)
         self.run = RunDirectory(Path(config.run.directory))
         rank, size = self.topology.rank, self.topology.world_size
+        self.slow_ranks = SlowRanks(config, self.topology)
         self.watchdog = Watchdog(self.run.path, rank, size, config.train.hang_seconds)
         try:
             self._open(resume)
@@ -195,7 +197,12 @@ class Trainer:
         self.watchdog.begin(position.step + 1, "reading data")
         self.observer.start_step()
         following = position.samples + train.global_batch_size if position.step + 1 < train.steps else None
-        return together(lambda: self.reader.take(position.samples, following), self.topology.device)
+
+        def read() -> list[Batch]:
+            with self.slow_ranks.measure("reading data"):
+                return self.reader.take(position.samples, following)
+
+        return together(read, self.topology.device)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Updates the weights with what :meth:`read_step` has read, and moves the position on."""
@@ -205,7 +212,12 @@ class Trainer:
         self.engine.decoder.take_metrics()
         with self.engine.accumulate():
             loss: BatchLoss = run_schedule(
-                self.engine.model, self.engine.decoder, micro_batches, topology.device, train=True
+                self.engine.model,
+                self.engine.decoder,
+                micro_batches,
+                topology.device,
+                train=True,
+                passes=self.slow_ranks.measure("forward and backward"),
             )
         self.watchdog.begin(position.step + 1, "optimizer step")
         rate = learning_rate(config, position.step)
@@ -230,6 +242,8 @@ class Trainer:
                 f"({position.skipped_steps} so far, {position.skipped_in_a_row} in a row)"
             )
         self._keep_states(result.applied)
+        for sentence in self.slow_ranks.finish_step():
+            self.observer.message(f"step {position.step}: {sentence}")
 
     def _keep_states(self, applied: bool) -> None:
         """Rows of the next step go on with the states of this one's; of one that was skipped, with those before it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,16 @@ class _ScheduledModel(nn.Module):
 
 
 def run_schedule(
-    model: nn.Module, decoder: Decoder, micro_batches: Sequence[Batch], device: torch.device, train: bool
+    model: nn.Module,
+    decoder: Decoder,
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    train: bool,
+    passes: AbstractContextManager[None] | None = None,
 ) -> BatchLoss:
     """Forward, and backward if ``train``, over this rank's micro-batches of one global batch.
+
+    ``passes`` is entered for the passes alone, not for what ranks tell each other before and after.
 
     Gradients are those of the mean over every label of the *global* batch that counts, however labels are
     spread over micro-batches and ranks. All ranks of a data-parallel group must bring equally many
@@ -96,7 +104,7 @@ def run_schedule(
 
     batch_size, sequence_length = micro_batches[0].tokens.shape
     has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
-    with cuda_tensors_on_cpu(), torch.set_grad_enabled(train):
+    with passes or nullcontext(), cuda_tensors_on_cpu(), torch.set_grad_enabled(train):
         decoder.prepare_batch(model, micro_batches, labels, train)
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -110,6 +118,8 @@ def run_schedule(
             # Refused where there is one stage.
             adjust_tensor_shapes_fn=with_what_is_carried if has_stages and decoder.packed_channels else None,
         )
+        if passes is not None and device.type == "cuda":
+            torch.cuda.synchronize()
     if decoder.chain is not None:
         decoder.chain.finish()
     if losses:

@@ -41,11 +41,6 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-if os.environ.get("DS_ACCELERATOR") == "cpu":
-    # On the CPU DeepSpeed compiles a shared-memory all-reduce when it starts, which takes a minute and a
-    # compiler; gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 
 # DeepSpeed's name for the groups of the experts.
 _EXPERTS = "experts"
@@ -149,6 +144,10 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            # On the CPU DeepSpeed compiles a shared-memory all-reduce when it starts, which takes a minute and a
+            # compiler, and waits for ever where an earlier process was killed while it did; gloo does without.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         initialise = deepspeed.initialize
         if parallel_state.get_expert_model_parallel_world_size() > 1:
             initialise = _initialise_with_experts

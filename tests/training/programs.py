@@ -64,7 +64,7 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
     original = module.run_schedule
     calls = 0
 
-    def breaking(model: Any, decoder: Any, batches: Any, device: torch.device, train: bool) -> BatchLoss:
+    def breaking(model: Any, decoder: Any, batches: Any, device: torch.device, **options: Any) -> BatchLoss:
         nonlocal calls
         calls += 1
         handle = None
@@ -72,7 +72,7 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
             parameter = next(decoder.layers.children()).mixer.input_gate_bias
             handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
         try:
-            return original(model, decoder, batches, device, train=train)
+            return original(model, decoder, batches, device, **options)
         finally:
             if handle is not None:
                 handle.remove()
