@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from pretrain.observe.metrics import read_metrics
 from pretrain.train import Outcome, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Made of what other families train with for as long.
-COMBINED = ["hnet_moe"]
-FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir() if path.name not in COMBINED)
+FAMILIES = sorted(path.name for path in (CONFIGS / "models").iterdir())
+# Made of mixers that other families train with; all their two hundred steps are among the slow tests.
+COMBINED = ["bamba", "hnet_moe", "hybrid_moe", "jamba", "nemotron_h", "xlstm_attention", "xlstm_moe"]
 # Mixers that solve their recurrence by Newton's method report how that went.
 NEWTON = {"newton_residual", "newton_iterations", "newton_fallbacks"}
 # Mixtures of experts report how tokens fall on experts.
@@ -38,7 +39,9 @@ def bigram(tmp_path_factory: pytest.TempPathFactory) -> float:
     return bigram_bits_per_byte(data.train, data.held_out, held_out_indices=indices)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in COMBINED else ()) for name in FAMILIES]
+)
 def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_path: Path) -> None:
     config = _config(family, tmp_path)
     assert train(config, "never") == Outcome(step=200, stopped_by_signal=False)
@@ -92,16 +95,23 @@ def test_two_hundred_steps_beat_a_bigram_model(family: str, bigram: float, tmp_p
 
 @pytest.mark.parametrize("family", COMBINED)
 def test_combined_families_begin_to_learn(family: str, tmp_path: Path) -> None:
-    train(_config(family, tmp_path, "train.steps=50", "train.evaluate_every=25"), "never")
+    config = _config(family, tmp_path, "train.steps=50", "train.evaluate_every=25")
+    train(config, "never")
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.5)
-    assert records[49]["held_out_bits_per_byte"] < 4.3 < records[24]["held_out_bits_per_byte"] < 4.8
+    # Frequencies of single bytes alone give 4.9 bits.
+    assert records[49]["held_out_bits_per_byte"] < records[24]["held_out_bits_per_byte"] < 4.8
+    assert records[49]["held_out_bits_per_byte"] < 4.3
+    experts = max(block.channel.routed_experts() for block in config.model.blocks.values() if block.channel)
     for record in records:
-        assert record.keys() >= ROUTED | {"ratio_loss_0", "bytes_per_chunk_0"} and not record["skipped"]
-        assert record["moe_dropped"] == 0 and 1 <= record["moe_load"] <= 4
-        # Of probabilities of four experts, in nats.
-        assert 0 < record["moe_entropy"] < 1.39
-    assert records[0]["moe_balance_loss"] == pytest.approx(2, abs=0.1)
+        assert not record["skipped"]
+        assert {"ratio_loss_0", "bytes_per_chunk_0"} <= record.keys() or config.model.hierarchy is None
+        if not experts:
+            continue
+        assert record.keys() >= ROUTED
+        assert record["moe_dropped"] == 0 and 1 <= record["moe_load"] <= experts
+        assert 0 < record["moe_entropy"] < math.log(experts) + 1e-3
+    assert not experts or records[0]["moe_balance_loss"] == pytest.approx(2, abs=0.1)
 
 
 def test_runs_of_a_family_are_scored_on_the_bytes_of_the_baseline(bigram: float, tmp_path: Path) -> None:
