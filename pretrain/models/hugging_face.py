@@ -5,6 +5,9 @@
   parameter that only some configurations have is named too.
 * ``FIELDS``: the same classes -> a function of ``(config, hidden_size)`` that gives the class's configuration fields,
   or raises :class:`pretrain.errors.InputError` where the class has no such layer.
+* ``SECTIONS``: the same classes -> the way back: a function of the class's configuration fields that gives this mixer's
+  section of our configuration, or raises :class:`pretrain.errors.InputError` where the fields are no such layer's. What
+  it leaves out or rounds is found, because ``FIELDS`` of the section are compared with the fields.
 * ``LAYER_TYPES``: for classes that list the type of each layer, what this one is called there.
 * ``settings(config, hidden_size)``: keyword arguments for the class in the mixer's ``modeling.py``, as JSON holds
   them; only where there is a ``modeling.py``.
@@ -13,11 +16,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # ``time_step_limit`` of the classes that have Mamba-2: no limit. Their own default holds an infinity, which JSON lacks.
 ANY_TIME_STEP = [0.0, 1e30]
+
+Section = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,18 @@ def pieces_of_tensors(places: Mapping[str, str | Piece], parameters: Iterable[st
         if len({piece.order for piece in pieces.values()}) < len(pieces):
             raise ValueError(f"the parameters {', '.join(pieces)} have one place in {tensor!r}")
     return {tensor: dict(sorted(pieces.items(), key=lambda item: item[1].order)) for tensor, pieces in tensors.items()}
+
+
+def renamed_section(kind: str, names: Mapping[str, str], **fixed: Any) -> Section:
+    """An entry of ``SECTIONS`` that takes fields as they are.
+
+    Args:
+        kind: the section's ``type``.
+        names: our keys -> the class's fields.
+        fixed: further keys of the section.
+    """
+
+    def section(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"type": kind, **{ours: fields[theirs] for ours, theirs in names.items()}, **fixed}
+
+    return section

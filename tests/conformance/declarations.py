@@ -188,6 +188,8 @@ def hugging_face_names(case: Case) -> None:
     form, family = case.family.hugging_face, case.family
     assert set(form.KEYS) == set(form.FIELDS), "KEYS and FIELDS must list the same classes"
     assert set(getattr(form, "LAYER_TYPES", {})) <= set(form.KEYS), "LAYER_TYPES must list classes of KEYS"
+    sections = getattr(form, "SECTIONS", {})
+    assert set(sections) <= set(form.KEYS), "SECTIONS must list classes of KEYS"
     parameters = dict(build(case).named_parameters())
     others = [replace(case, config=config) for config in family.config.examples(case.hidden_size)]
     known = set(parameters).union(*(dict(build(other).named_parameters()) for other in others))
@@ -200,6 +202,10 @@ def hugging_face_names(case: Case) -> None:
             assert "\n" not in str(error) and not str(error).endswith("."), f"not one clause: {str(error)!r}"
             continue
         assert json.loads(json.dumps(fields)) == fields, f"{model_type}: fields that JSON does not hold: {fields}"
+        if model_type in sections:
+            back = type(case.config).model_validate(sections[model_type](fields))
+            again = form.FIELDS[model_type](back, case.hidden_size)
+            assert again == fields, f"{model_type}: SECTIONS do not lead back to {fields}, but to {again}"
         try:
             tensors = pieces_of_tensors(places, parameters)
         except ValueError as error:

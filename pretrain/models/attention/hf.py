@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pretrain.errors import InputError
 from pretrain.models.attention.config import AttentionConfig
+from pretrain.models.hugging_face import renamed_section
 
 
 def _names(layer: str, bias: bool) -> dict[str, str]:
@@ -24,6 +28,14 @@ KEYS = {
 }
 LAYER_TYPES = dict.fromkeys(KEYS, "full_attention")
 
+# Our keys -> fields that all classes have.
+_FIELD_NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "bias": "attention_bias",
+}
+
 
 def _scale(config: AttentionConfig, hidden_size: int) -> float:
     return config.size_of_head(hidden_size) ** -0.5 if config.softmax_scale is None else config.softmax_scale
@@ -39,12 +51,9 @@ def _common_fields(config: AttentionConfig, hidden_size: int) -> dict[str, objec
         raise InputError("has no attention with a sliding window")
     if config.query_key_norm:
         raise InputError("has no norm of queries and keys")
-    return {
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.key_value_heads,
-        "head_dim": config.size_of_head(hidden_size),
-        "attention_bias": config.bias,
-    }
+    sizes = {"num_key_value_heads": config.key_value_heads, "head_size": config.size_of_head(hidden_size)}
+    resolved = config.model_copy(update=sizes)
+    return {theirs: getattr(resolved, ours) for ours, theirs in _FIELD_NAMES.items()}
 
 
 def _check_scale(config: AttentionConfig, hidden_size: int) -> None:
@@ -84,6 +93,29 @@ def _granite_fields(config: AttentionConfig, hidden_size: int) -> dict[str, obje
 
 
 FIELDS = {"nemotron_h": _nemotron_fields, "bamba": _bamba_fields, "granitemoehybrid": _granite_fields}
+
+_common_section = renamed_section("attention", _FIELD_NAMES)
+
+
+def _rotary_section(fields: Mapping[str, Any]) -> dict[str, Any]:
+    rope = fields["rope_parameters"]
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise InputError(f"rope_parameters is {rope!r}, where rope_theta is expected")
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    return _common_section(fields) | {"rotary_base": rope["rope_theta"], "rotary_fraction": fraction}
+
+
+def _granite_section(fields: Mapping[str, Any]) -> dict[str, Any]:
+    rotates = fields["position_embedding_type"] == "rope"
+    section = _rotary_section(fields) if rotates else _common_section(fields) | {"rotary_fraction": 0.0}
+    return section | {"softmax_scale": fields["attention_multiplier"]}
+
+
+SECTIONS = {
+    "nemotron_h": renamed_section("attention", _FIELD_NAMES, rotary_fraction=0.0),
+    "bamba": _rotary_section,
+    "granitemoehybrid": _granite_section,
+}
 
 
 def settings(config: AttentionConfig, hidden_size: int) -> dict[str, object]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pretrain.errors import InputError
-from pretrain.models.hugging_face import ANY_TIME_STEP, Piece
+from pretrain.models.hugging_face import ANY_TIME_STEP, Piece, renamed_section
 from pretrain.models.mamba2.config import Mamba2Config
 
 
@@ -47,59 +49,62 @@ def _expand(config: Mamba2Config, hidden_size: int) -> int:
     return inner // hidden_size
 
 
-def _mamba2_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
-    return {
-        "num_heads": config.heads(hidden_size),
-        "head_dim": config.head_size,
-        "expand": _expand(config, hidden_size),
-        "state_size": config.state_size,
-        "n_groups": config.num_groups,
-        "conv_kernel": config.convolution_width,
-        "use_conv_bias": config.convolution_bias,
-        "chunk_size": config.chunk_size,
-        "layer_norm_epsilon": config.norm_epsilon,
-        "time_step_limit": ANY_TIME_STEP,
-    }
-
-
-def _nemotron_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
-    return {
-        "mamba_num_heads": config.heads(hidden_size),
-        "mamba_head_dim": config.head_size,
-        "ssm_state_size": config.state_size,
-        "n_groups": config.num_groups,
-        "conv_kernel": config.convolution_width,
-        "use_conv_bias": config.convolution_bias,
-        "chunk_size": config.chunk_size,
-        "layer_norm_epsilon": config.norm_epsilon,
-        "time_step_limit": ANY_TIME_STEP,
-        # The class raises step sizes to this one, and takes its logarithm for fresh weights.
-        "time_step_min": 1e-30,
-    }
-
-
-def _bamba_fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
-    """``BambaConfig``'s fields, and ``GraniteMoeHybridConfig``'s."""
-    return {
-        "mamba_n_heads": config.heads(hidden_size),
-        "mamba_d_head": config.head_size,
-        "mamba_expand": _expand(config, hidden_size),
-        "mamba_d_state": config.state_size,
-        "mamba_n_groups": config.num_groups,
-        "mamba_d_conv": config.convolution_width,
-        "mamba_conv_bias": config.convolution_bias,
-        "mamba_chunk_size": config.chunk_size,
-        "rms_norm_eps": config.norm_epsilon,
-        "time_step_limit": ANY_TIME_STEP,
-    }
-
-
-FIELDS = {
-    "mamba2": _mamba2_fields,
-    "nemotron_h": _nemotron_fields,
-    "bamba": _bamba_fields,
-    "granitemoehybrid": _bamba_fields,
+# Our keys -> fields of each class.
+_FIELD_NAMES = {
+    "mamba2": {
+        "num_heads": "num_heads",
+        "head_size": "head_dim",
+        "state_size": "state_size",
+        "num_groups": "n_groups",
+        "convolution_width": "conv_kernel",
+        "convolution_bias": "use_conv_bias",
+        "chunk_size": "chunk_size",
+        "norm_epsilon": "layer_norm_epsilon",
+    },
+    "nemotron_h": {
+        "num_heads": "mamba_num_heads",
+        "head_size": "mamba_head_dim",
+        "state_size": "ssm_state_size",
+        "num_groups": "n_groups",
+        "convolution_width": "conv_kernel",
+        "convolution_bias": "use_conv_bias",
+        "chunk_size": "chunk_size",
+        "norm_epsilon": "layer_norm_epsilon",
+    },
+    "bamba": {
+        "num_heads": "mamba_n_heads",
+        "head_size": "mamba_d_head",
+        "state_size": "mamba_d_state",
+        "num_groups": "mamba_n_groups",
+        "convolution_width": "mamba_d_conv",
+        "convolution_bias": "mamba_conv_bias",
+        "chunk_size": "mamba_chunk_size",
+        "norm_epsilon": "rms_norm_eps",
+    },
 }
+_FIELD_NAMES["granitemoehybrid"] = _FIELD_NAMES["bamba"]
+# Fields for the width inside, as a multiple of hidden_size.
+_EXPANSIONS = {"mamba2": "expand", "bamba": "mamba_expand", "granitemoehybrid": "mamba_expand"}
+
+
+def _fields(model_type: str) -> Callable[[Mamba2Config, int], dict[str, object]]:
+    """The function of ``FIELDS`` for a class."""
+
+    def fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
+        resolved = config.model_copy(update={"num_heads": config.heads(hidden_size)})
+        found = {theirs: getattr(resolved, ours) for ours, theirs in _FIELD_NAMES[model_type].items()}
+        if model_type in _EXPANSIONS:
+            found[_EXPANSIONS[model_type]] = _expand(config, hidden_size)
+        if model_type == "nemotron_h":
+            # The class raises step sizes to this one, and takes its logarithm for fresh weights.
+            found["time_step_min"] = 1e-30
+        return found | {"time_step_limit": ANY_TIME_STEP}
+
+    return fields
+
+
+FIELDS = {model_type: _fields(model_type) for model_type in _FIELD_NAMES}
+SECTIONS = {model_type: renamed_section("mamba2", names) for model_type, names in _FIELD_NAMES.items()}
 
 
 def settings(config: Mamba2Config, hidden_size: int) -> dict[str, object]:

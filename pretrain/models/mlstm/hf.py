@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pretrain.models.hugging_face import renamed_section
 from pretrain.models.mlstm.config import MLSTMConfig
 
 # Our name within the mixer -> the name within a block of the native class.
@@ -21,19 +22,23 @@ KEYS = {
 }
 
 
+# Our keys -> ``xLSTMConfig``'s fields; its layers take ``int(hidden_size * factor)`` channels, as ours do.
+_FIELD_NAMES = {
+    "num_heads": "num_heads",
+    "query_key_factor": "qk_dim_factor",
+    "value_factor": "v_dim_factor",
+    "gate_soft_cap": "gate_soft_cap",
+    "norm_epsilon": "norm_eps",
+    "cell_epsilon": "eps",
+}
+
+
 def _xlstm_fields(config: MLSTMConfig, hidden_size: int) -> dict[str, object]:
-    """``xLSTMConfig``'s fields; its layers take ``int(hidden_size * factor)`` channels, as ours do."""
-    return {
-        "num_heads": config.num_heads,
-        "qk_dim_factor": config.query_key_factor,
-        "v_dim_factor": config.value_factor,
-        "gate_soft_cap": config.gate_soft_cap,
-        "norm_eps": config.norm_epsilon,
-        "eps": config.cell_epsilon,
-    }
+    return {theirs: getattr(config, ours) for ours, theirs in _FIELD_NAMES.items()}
 
 
 FIELDS = {"xlstm": _xlstm_fields}
+SECTIONS = {"xlstm": renamed_section("mlstm", _FIELD_NAMES)}
 
 
 def settings(config: MLSTMConfig, hidden_size: int) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pretrain.errors import InputError
 from pretrain.models.channel.mlp.config import MLPConfig
@@ -43,6 +44,17 @@ FIELDS = {
     **{model_type: _as_swiglu(fields) for model_type, fields in swiglu.FIELDS.items()},
 }
 LAYER_TYPES = {"nemotron_h": "mlp"}
+
+
+def _nemotron_section(fields: Mapping[str, Any]) -> dict[str, Any]:
+    ours = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+    activation = fields["mlp_hidden_act"]
+    if activation not in ours:
+        raise InputError(f"mlp_hidden_act is {activation!r}, where one of {', '.join(ours)} is expected")
+    return {"type": "mlp", "activation": ours[activation], "intermediate_size": fields["intermediate_size"]}
+
+
+SECTIONS = {"nemotron_h": _nemotron_section}
 
 
 def settings(config: MLPConfig, hidden_size: int) -> dict[str, object]:

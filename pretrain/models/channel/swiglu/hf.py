@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pretrain.errors import InputError
 from pretrain.models.channel.swiglu.config import SwiGLUConfig
-from pretrain.models.hugging_face import Piece
+from pretrain.models.hugging_face import Piece, renamed_section
 
 # Our name within the mixer -> the name within a block of the native class.
 KEYS = {
@@ -65,6 +65,12 @@ def _granite_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]
 
 
 FIELDS = {"xlstm": _xlstm_fields, "bamba": _bamba_fields, "granitemoehybrid": _granite_fields}
+_XLSTM_NAMES = {"projection_factor": "ffn_proj_factor", "round_up_to": "ffn_round_up_to_multiple_of"}
+SECTIONS = {
+    "xlstm": renamed_section("swiglu", _XLSTM_NAMES),
+    "bamba": renamed_section("swiglu", {"intermediate_size": "intermediate_size"}),
+    "granitemoehybrid": renamed_section("swiglu", {"intermediate_size": "shared_intermediate_size"}),
+}
 
 
 def settings(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
