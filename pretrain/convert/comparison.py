@@ -1,4 +1,4 @@
-"""Whether an exported directory computes what our model computes."""
+"""Whether a Hugging Face directory, exported or imported, computes what our model computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from pretrain.errors import CheckError
 from pretrain.models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Package of code that transformers copied from a model's directory.
 _CODE_CACHE = "transformers_modules."
@@ -74,29 +74,70 @@ def compare_with_transformers(
     """
     from transformers import AutoModelForCausalLM
 
-    with _without_progress_bars():
-        exported, loading = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            # Written just now, by this package.
-            trust_remote_code=True,
-        )
+    # Written just now, by this package.
+    exported = _load(AutoModelForCausalLM, directory, trust_remote_code=True)
     _forget_code(exported)
-    problems = {kind: names for kind, names in loading.items() if names}
-    if problems:
-        raise CheckError(f"transformers did not load every tensor as it was written: {problems}")
-    exported.eval()
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(tokenizer.vocab_size, (2, length), generator=generator) for length in COMPARED_LENGTHS]
+    batches = _random_batches(tokenizer.vocab_size)
     if decoder.model.reads_word_starts:
         # Random bytes are hardly ever characters: in every second sequence they are all ASCII.
         for tokens in batches:
             tokens[1] %= 128
     words = [_word_starts(decoder, tokenizer, tokens) for tokens in batches]
+    return _compare(decoder, exported, batches, words, tolerance)
+
+
+@torch.no_grad()
+def compare_with_class(
+    decoder: Decoder, directory: Path, architecture: str, config: PreTrainedConfig, tolerance: float = LOGIT_TOLERANCE
+) -> Comparison:
+    """Loads a directory with a class of ``transformers`` itself, and compares logits with ours, in float32 on the CPU.
+
+    Nothing of the directory is executed.
+
+    Args:
+        decoder: our model, whole and on the CPU.
+        directory: the weights.
+        architecture: name of the class.
+        config: the class's configuration, instead of the directory's.
+        tolerance: largest absolute difference of a logit that is accepted.
+
+    Raises:
+        CheckError: the class did not take every tensor as it is, or lacks one.
+    """
+    import transformers
+
+    there = _load(getattr(transformers, architecture), directory, config=config, use_safetensors=True)
+    batches = _random_batches(decoder.model.vocab_size)
+    return _compare(decoder, there, batches, [None] * len(batches), tolerance)
+
+
+def _load(model_class: Any, directory: Path, **options: Any) -> PreTrainedModel:
+    """A model in float32, in evaluation mode; raises ``CheckError`` unless the files hold just its tensors."""
+    with _without_progress_bars():
+        model, loading = model_class.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
+    problems = {kind: names for kind, names in loading.items() if names}
+    if problems:
+        raise CheckError(f"transformers did not load every tensor as it was written: {problems}")
+    return model.eval()
+
+
+def _random_batches(num_ids: int) -> list[Tensor]:
+    """``(2, length)`` tokens of each length that is compared."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(num_ids, (2, length), generator=generator) for length in COMPARED_LENGTHS]
+
+
+def _compare(
+    decoder: Decoder,
+    there: PreTrainedModel,
+    batches: list[Tensor],
+    words: list[Tensor | None],
+    tolerance: float,
+) -> Comparison:
     ours = [decoder.logits(tokens, word_starts=starts)[0] for tokens, starts in zip(batches, words, strict=True)]
-    theirs = [exported(input_ids=tokens).logits for tokens in batches]
+    theirs = [there(input_ids=tokens).logits for tokens in batches]
     largest = _largest_difference(ours, theirs)
     noise = None if largest <= tolerance else _rounding_noise(decoder, batches, words, ours)
     return Comparison(largest, tolerance, COMPARED_LENGTHS, noise)

@@ -7,7 +7,6 @@ model, and only then renamed.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,20 +21,14 @@ from data.errors import DataError
 from data.tokenizers import Tokenizer, open_tokenizer
 from pretrain.config.schema import ModelConfig
 from pretrain.convert import custom
-from pretrain.convert.bamba import BAMBA
 from pretrain.convert.comparison import LOGIT_TOLERANCE, Comparison, compare_with_transformers
 from pretrain.convert.custom import CustomForm
-from pretrain.convert.granite_moe_hybrid import GRANITE_MOE_HYBRID
-from pretrain.convert.mamba2 import MAMBA2
-from pretrain.convert.native import NativeClass, NativeForm, first_native_form
-from pretrain.convert.nemotron_h import NEMOTRON_H
+from pretrain.convert.native import NativeForm, first_native_form
+from pretrain.convert.native_classes import NATIVE_CLASSES
+from pretrain.convert.output import check_output, whole_directory
 from pretrain.convert.tokenizer import write_tokenizer
-from pretrain.convert.xlstm import XLSTM
 from pretrain.errors import CheckError, InputError
 from pretrain.models.loading import load_decoder
-
-# The first that fits is taken.
-NATIVE_CLASSES: tuple[NativeClass, ...] = (XLSTM, MAMBA2, NEMOTRON_H, BAMBA, GRANITE_MOE_HYBRID)
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -107,7 +100,7 @@ def export_model(
         CheckError: what was written does not give our logits or our tokens.
     """
     output = Path(output)
-    _check_output(output)
+    check_output(output, "export into")
     output = output.resolve()
     loaded = load_decoder(path)
     model = loaded.config.model
@@ -123,10 +116,7 @@ def export_model(
         )
 
     weights = {name: weight.detach() for name, weight in loaded.decoder.named_parameters()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
+    with whole_directory(output) as unfinished:
         write_tokenizer(loaded.config.data.tokenizer, tokenizer, unfinished)
         _write_configs(form, tokenizer, model.vocab_size, unfinished)
         _write_weights(form.tensors(weights), unfinished, max_shard_size)
@@ -138,11 +128,6 @@ def export_model(
                 f"last bit moves its logits by {comparison.noise:.3g}: where that is nearly as much, the difference "
                 f"is rounding, and a larger --tolerance accepts it"
             )
-        if output.exists():
-            output.rmdir()
-        os.rename(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return ExportReport(
         output=output,
         checkpoint=loaded.checkpoint,
@@ -173,13 +158,6 @@ def choose_form(
     if problem is not None:
         raise InputError(f"no class of transformers holds this model, and {problem}: {'; '.join(unfit)}")
     return CustomForm(model, tokenizer), tuple(unfit)
-
-
-def _check_output(output: Path) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise InputError(f"{output} is not a directory; give the name of a new one to export into")
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty; give the name of a new directory to export into")
 
 
 def _write_configs(form: NativeForm | CustomForm, tokenizer: Tokenizer, vocab_size: int, directory: Path) -> None:

@@ -10,7 +10,7 @@ from pretrain.convert.native import NativeClass
 
 def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
     # Training kept the residual stream in the dtype of the activations.
-    return {"layer_norm_epsilon": model.norm_epsilon, "residual_in_fp32": False, "use_bias": False}
+    return {"residual_in_fp32": False, "use_bias": False}
 
 
 MAMBA2 = NativeClass(
@@ -24,5 +24,11 @@ MAMBA2 = NativeClass(
         "mixer_norm.weight": "norm.weight",
     },
     parts=((True, False),),
+    norm_epsilon="layer_norm_epsilon",
+    layers={None: ("mamba2", None)},
     fields=_fields,
+    unread=frozenset(
+        {"rescale_prenorm_residual", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor"}
+    ),
+    rounding={"residual_in_fp32": "the residual stream has the dtype of train.precision"},
 )

@@ -23,6 +23,10 @@ def _always(fields: Mapping[str, Any]) -> bool:
     return True
 
 
+def _no_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class NativeClass:
     """One class of ``transformers``, described by what it adds to the forms that the mixers declare.
@@ -33,6 +37,9 @@ class NativeClass:
         block: prefix of a layer's tensors; ``{}`` is the layer's index.
         names: our names outside the mixers -> theirs; those of a block's norms without the prefix.
         parts: which parts a block may have, as ``(mixer, channel)``.
+        norm_epsilon: the field of the norms' epsilon.
+        layers: what each of its layer types is with us: names of a mixer and of a channel mixer, None where there is
+            none; None is the type of a class that has only one.
         fields: model, type of each layer by the mixers' ``LAYER_TYPES`` -> fields that mixers cannot know.
         defaults: fields that matter only where a layer sets them, in values that any model goes with.
         ties_embeddings: whether it can tie the head's weight to the embedding's.
@@ -40,6 +47,14 @@ class NativeClass:
         caches_state: whether its cache can hold the state of a model with these fields.
         counts_by_attention: its cache counts tokens in an attention layer and fails where there is none
             (transformers 5.23), also without ``generate``.
+        model_keys: fields -> further keys of our model section.
+        modernised: a configuration file's fields -> those that the class of today reads, with the kernels that it has
+            everywhere.
+        former: names that only files of earlier versions have, and that the class itself reads as today's.
+        cures: fields that ours has in one value only -> what to do about another.
+        unread: fields that change nothing of what the class computes: starts of fresh weights, layers that it then
+            does not have, names that it has never read or reads no more.
+        rounding: fields that change nothing but where it rounds -> what ours does.
     """
 
     model_type: str
@@ -47,12 +62,20 @@ class NativeClass:
     block: str
     names: Mapping[str, str]
     parts: tuple[tuple[bool, bool], ...]
+    norm_epsilon: str
+    layers: Mapping[str | None, tuple[str | None, str | None]]
     fields: Callable[[ModelConfig, list[str | None]], dict[str, Any]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ties_embeddings: bool = True
     caps_logits: bool = False
     caches_state: Callable[[Mapping[str, Any]], bool] = _always
     counts_by_attention: bool = False
+    model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
+    modernised: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    former: frozenset[str] = frozenset()
+    cures: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+    rounding: Mapping[str, str] = field(default_factory=dict)
 
     def problem(self, model: ModelConfig) -> str | None:
         """Why this class cannot hold the model, in words; None where it can."""
@@ -103,6 +126,7 @@ class NativeClass:
             "hidden_size": model.hidden_size,
             "num_hidden_layers": model.num_layers,
             "tie_word_embeddings": model.tie_embeddings,
+            self.norm_epsilon: model.norm_epsilon,
             **self.fields(model, self._layer_types(model)),
         }
         origin = dict.fromkeys(fields, "model")

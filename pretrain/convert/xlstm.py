@@ -9,13 +9,13 @@ from pretrain.config.schema import ModelConfig
 from pretrain.convert.native import NativeClass
 
 # The class caps its logits always. So wide a cap changes no float32: tanh(x) rounds to x.
-_NO_CAP = 1e9
+NO_CAP = 1e9
 
 # Sizes of the class's recurrent state are rounded up to this, while its layers' own are not.
 _STATE_MULTIPLE = 64
 
-# Fields that do not depend on the model.
-_FIXED: dict[str, Any] = {
+# Fields that choose how the class computes, not what.
+_KERNELS: dict[str, Any] = {
     # The one mode that takes any sequence length; it trains as well, once the cache is off.
     "mode": "inference",
     "chunkwise_kernel": "chunkwise--native_autograd",
@@ -25,6 +25,10 @@ _FIXED: dict[str, Any] = {
     "return_last_states": True,
     "autocast_kernel_dtype": "float32",
     "inference_state_dtype": "float32",
+}
+
+# Further fields that do not depend on the model.
+_FIXED: dict[str, Any] = _KERNELS | {
     "weight_mode": "single",
     "use_bias": False,
     "add_out_norm": True,
@@ -40,9 +44,25 @@ def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]
     return _FIXED | {
         "embedding_dim": model.hidden_size,
         "num_blocks": model.num_layers,
-        "norm_eps": model.norm_epsilon,
-        "output_logit_soft_cap": _NO_CAP if cap is None else cap,
+        "output_logit_soft_cap": NO_CAP if cap is None else cap,
     }
+
+
+def _model_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    cap = fields["output_logit_soft_cap"]
+    return {"output_logit_soft_cap": None if cap >= NO_CAP else cap}
+
+
+def _modernised(raw: dict[str, Any]) -> dict[str, Any]:
+    """Files of before the class was in ``transformers`` name kernels of another package, and sizes only once."""
+    # The class's cache cannot hold every model's state.
+    fields = raw | _KERNELS | {"use_cache": False}
+    for name, former in (("hidden_size", "embedding_dim"), ("num_hidden_layers", "num_blocks")):
+        if former in raw:
+            fields.setdefault(name, raw[former])
+        elif name in raw:
+            fields[former] = raw[name]
+    return fields
 
 
 def can_cache_state(fields: Mapping[str, Any]) -> bool:
@@ -67,10 +87,31 @@ XLSTM = NativeClass(
         "channel_norm.weight": "norm_ffn.weight",
     },
     parts=((True, True),),
+    norm_epsilon="norm_eps",
+    layers={None: ("mlstm", "swiglu")},
     fields=_fields,
     ties_embeddings=False,
     caps_logits=True,
     caches_state=can_cache_state,
+    model_keys=_model_keys,
+    modernised=_modernised,
+    unread=frozenset(
+        {
+            "max_inference_chunksize",
+            # Of published files; the class has never read them.
+            "add_embedding_dropout",
+            "add_forward_backend_padding",
+            "add_post_blocks_norm",
+            "add_post_norm",
+            "add_qk_norm",
+            "cell_norm_eps",
+            "force_bos_token_insert",
+            "head_dim",
+            "igate_bias_init_range",
+            "mlstm_round_up_to_multiple_of",
+        }
+    ),
+    rounding={"norm_reduction_force_float32": "norms are computed in float32"},
 )
 
 
