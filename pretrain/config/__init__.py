@@ -1,6 +1,6 @@
 """Configuration: the schema, and how a YAML file and dotted overrides become one. Imports no torch."""
 
-from pretrain.config.loading import dump_config, load_config, load_data_config, parse_config
+from pretrain.config.loading import dump_config, load_config, load_data_config, parse_config, read_merged
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "load_config",
     "load_data_config",
     "parse_config",
+    "read_merged",
 ]

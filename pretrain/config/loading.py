@@ -32,9 +32,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: naming the file and the key that is wrong, and what was expected.
     """
-    merged = _read_with_bases(Path(path), ())
-    merged = _apply_overrides(merged, overrides)
-    return parse_config(_plain(merged, str(path)), str(path))
+    return parse_config(read_merged(Path(path), overrides), str(path))
+
+
+def read_merged(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` validates: a file, all that it builds on, and overrides.
+
+    Raises:
+        InputError: naming the file, and what of it cannot be read or is still to be chosen.
+    """
+    merged = _apply_overrides(_read_with_bases(path, ()), overrides)
+    return _plain(merged, str(path))
 
 
 def load_data_config(path: Path, overrides: Sequence[str]) -> DataConfig:
@@ -46,8 +54,7 @@ def load_data_config(path: Path, overrides: Sequence[str]) -> DataConfig:
     Raises:
         InputError: naming the file and the key that is wrong, and what was expected.
     """
-    merged = _read_with_bases(Path(path), ())
-    raw = _plain(_apply_overrides(merged, overrides), str(path))
+    raw = read_merged(Path(path), overrides)
     unknown = [key for key in raw if key not in Config.model_fields]
     if unknown:
         raise InputError(f"{path}: {_describe({'loc': unknown[:1], 'type': 'extra_forbidden'}, raw)}")
@@ -133,9 +140,16 @@ def _apply_overrides(merged: Any, overrides: Sequence[str]) -> Any:
 
 def _plain(merged: Any, origin: str) -> dict[str, Any]:
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        unchosen = sorted(OmegaConf.missing_keys(merged))
+        plain = typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}: {' '.join(str(error).split())}") from None
+    if unchosen:
+        raise InputError(
+            f"{origin}: {', '.join(unchosen)} must still be chosen: replace ??? in the file, or give "
+            f"{unchosen[0]}=VALUE on the command line"
+        )
+    return plain
 
 
 def _describe(problem: Any, raw: dict[str, Any]) -> str:
