@@ -18,6 +18,7 @@ from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import check_carried_states, restore_states
 from pretrain.checkpoint.training import (
     TrainingPosition,
+    begins_a_run,
     read_moments,
     read_position,
     restore_random_state,
@@ -77,6 +78,7 @@ class Trainer:
         changed = on_main_rank(lambda: self.run.prepare(config, resume))
 
         model = build_model(config)
+        begins = False
         if start_from is None:
             initialise_weights(model, config.train.seed)
             self.position, self.resumed_from = TrainingPosition(), None
@@ -84,11 +86,18 @@ class Trainer:
             self.engine: Engine = build_engine(model, config, self.topology)
         else:
             with CheckpointReader(start_from) as reader:
-                self._resume(model, reader)
+                begins = begins_a_run(reader)
+                if begins:
+                    self._begin(model, reader)
+                else:
+                    self._resume(model, reader)
         peak = _peak_flops_per_second(config, self.topology)
         self.observer = Observer(config, self.run, self.position.step, self.topology.is_main, peak)
         on_main_rank(self.observer.open)
         self._announce(start_from, changed)
+        if begins:
+            # Or a run that ends before its first checkpoint would begin again with fresh weights.
+            self.save()
 
     def _open_data(self) -> Data:
         train = self.config.train
@@ -116,7 +125,8 @@ class Trainer:
                 )
         if chosen is not None:
             with CheckpointReader(chosen) as reader:
-                self._check_data(reader)
+                if not begins_a_run(reader):
+                    self._check_data(reader)
         return chosen
 
     def _check_data(self, reader: CheckpointReader) -> None:
@@ -132,6 +142,13 @@ class Trainer:
                 f"{reader.path}: was trained on other data than this configuration gives ({differs}), so the order "
                 f"of samples cannot go on; restore them, or start anew in another run.directory"
             )
+
+    def _begin(self, model: object, reader: CheckpointReader) -> None:
+        """Starts with imported weights."""
+        self.position, self.resumed_from = TrainingPosition(), None
+        self.saved_step = 0
+        on_every_rank(lambda: read_weights(model, reader))
+        self.engine = build_engine(model, self.config, self.topology)
 
     def _resume(self, model: object, reader: CheckpointReader) -> None:
         self.position = read_position(reader)
@@ -159,7 +176,8 @@ class Trainer:
             each = summary.train.samples_per_epoch // rows
             self.observer.message(f"each of {rows} rows goes on from step to step, through {each:,} samples an epoch")
         if start_from is not None:
-            self.observer.message(f"resumed from {start_from} at step {self.position.step} of {steps}")
+            began = "resumed from" if self.position.step else "begun with the weights of"
+            self.observer.message(f"{began} {start_from} at step {self.position.step} of {steps}")
 
     def _epochs_of_sources(self) -> str:
         """For each source of the mixture, how often it will have been read through at the end of the run."""

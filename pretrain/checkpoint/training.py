@@ -104,6 +104,21 @@ def save_training(
     return write_checkpoint(run_checkpoints, position.step, pieces, state, resumed_from=resumed_from)
 
 
+def state_of_import(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What the state of a checkpoint says that holds the weights of another program's model.
+
+    Args:
+        config: whose model it is.
+        origin: where the weights come from, as JSON holds it.
+    """
+    return {"config": config.model_dump(mode="json"), "position": asdict(TrainingPosition()), "imported_from": origin}
+
+
+def begins_a_run(reader: CheckpointReader) -> bool:
+    """Whether a checkpoint is imported: weights alone, with no moments, no data and no random state to go on with."""
+    return "imported_from" in reader.state
+
+
 def read_position(reader: CheckpointReader) -> TrainingPosition:
     """Where the run stood when ``reader``'s checkpoint was written.
 

@@ -67,11 +67,27 @@ def _in_one_process(reader: CheckpointReader, device: str) -> Config:
     raw = reader.state.get("config")
     if not isinstance(raw, dict):
         raise InputError(f"{reader.path}: its state holds no run configuration under 'config'")
-    config = parse_config(raw, f"configuration in {reader.path}")
+    origin = f"configuration in {reader.path}"
+    return for_one_process(parse_config(raw, origin), origin, device)
+
+
+def for_one_process(config: Config, origin: str, device: str = "cpu") -> Config:
+    """The same run, laid out for one process and computing in float32; ``origin`` names it in messages."""
     raw = config.model_dump(mode="json")
     raw["parallel"] = {"tensor": 1, "pipeline": 1, "sequence": False, "zero": 0}
     raw["train"] |= {"device": device, "precision": "float32", "recompute": "none"}
-    return parse_config(raw, f"configuration in {reader.path}")
+    return parse_config(raw, origin)
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a model that one process holds, by global name; allocates none of them.
+
+    Builds the process groups of one process and drops those of another layout.
+    """
+    build_topology(config)
+    with torch.device("meta"):
+        decoder = build_decoder(config.model, megatron_config(config))
+    return {name: full_shape(parameter) for name, parameter in declared_parameters(decoder)}
 
 
 @torch.no_grad()
