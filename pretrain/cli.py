@@ -113,6 +113,30 @@ def export(
     typer.echo(str(export_model(source, output, tolerance=tolerance)))
 
 
+@app.command("import")
+def import_(
+    directory: Annotated[
+        Path, typer.Argument(help="config.json and safetensors files of a native class", metavar="HF_DIR")
+    ],
+    output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML of all but the model; without it data and train are chosen afterwards"),
+    ] = None,
+    check: Annotated[bool, typer.Option(help="load both models whole, 8 bytes a parameter, and compare logits")] = True,
+    tolerance: Annotated[float, typer.Option(min=0, help="largest difference of a float32 logit that passes")] = 1e-4,
+) -> None:
+    """Make a checkpoint of a transformers model, to go on with by pretrain train OUT/config.yaml --resume OUT.
+
+    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM; from
+    safetensors alone, and nothing of the directory is executed. What config.json says and ours cannot express is
+    refused by name.
+    """
+    from pretrain.convert import import_model
+
+    typer.echo(str(import_model(directory, output, base=base, check=check, tolerance=tolerance)))
+
+
 @app.command()
 def generate(
     source: RunOrCheckpoint,
