@@ -33,14 +33,23 @@ def _is_due(every: int, step: int, last: int) -> bool:
 def train(config: Config, resume: str = "auto") -> Outcome:
     """Trains until ``train.steps`` or a signal; saves at the end either way.
 
+    A checkpoint that is still being written when training ends is waited for, whatever ended it.
+
     Raises:
         InputError, DataError: what was given does not fit together, or the data could not be read on; then the
             steps so far are saved.
-        TrainingError: too many steps in a row had no finite gradient, or a checkpoint could not be written.
+        TrainingError: too many steps in a row had no finite gradient, or a checkpoint could not be written: the last
+            one, or any where ``train.checkpoint_mode`` is ``synchronous``.
     """
     trainer = Trainer(config, resume)
     settings, position = config.train, trainer.position
-    with StopRequest() as stop, contextlib.closing(trainer), trainer.watchdog, trainer.observer as observer:
+    with (
+        StopRequest() as stop,
+        contextlib.closing(trainer),
+        trainer.watchdog,
+        trainer.observer as observer,
+        trainer.saver,
+    ):
         if position.step >= settings.steps:
             observer.message(f"nothing to do: the run has all of its {settings.steps} steps")
         while position.step < settings.steps:
@@ -53,10 +62,13 @@ def train(config: Config, resume: str = "auto") -> Outcome:
             trainer.train_step(micro_batches)
             stopping = any_rank(stop.received is not None, trainer.topology.device)
             diverged = position.skipped_in_a_row >= settings.max_skipped_steps
+            last = stopping or diverged or position.step == settings.steps
+            if last:
+                trainer.finish_saving()
             if _is_due(settings.evaluate_every, position.step, settings.steps) and not (stopping or diverged):
                 trainer.evaluate()
-            if _is_due(settings.checkpoint_every, position.step, settings.steps) or stopping or diverged:
-                trainer.save()
+            if last or _is_due(settings.checkpoint_every, position.step, settings.steps):
+                trainer.save(wait=last)
             if diverged:
                 raise TrainingError(
                     f"{position.skipped_in_a_row} steps in a row had no finite gradient "

@@ -13,16 +13,16 @@ from data.mixture import Phase
 from data.order import rank_share
 from data.read_ahead import ReadAhead
 from data.samples import MixtureSamples
-from pretrain.checkpoint.directory import newest_checkpoint, prune_checkpoints, resolve_checkpoint
+from pretrain.checkpoint.directory import newest_checkpoint, resolve_checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import check_carried_states, restore_states
+from pretrain.checkpoint.saver import CheckpointSaver
 from pretrain.checkpoint.training import (
     TrainingPosition,
     begins_a_run,
     read_moments,
     read_position,
     restore_random_state,
-    save_training,
 )
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
@@ -81,8 +81,7 @@ class Trainer:
         begins = False
         if start_from is None:
             initialise_weights(model, config.train.seed)
-            self.position, self.resumed_from = TrainingPosition(), None
-            self.saved_step = 0
+            self.position, resumed_from = TrainingPosition(), None
             self.engine: Engine = build_engine(model, config, self.topology)
         else:
             with CheckpointReader(start_from) as reader:
@@ -91,13 +90,23 @@ class Trainer:
                     self._begin(model, reader)
                 else:
                     self._resume(model, reader)
+            resumed_from = None if begins else self.position.step
         peak = _peak_flops_per_second(config, self.topology)
         self.observer = Observer(config, self.run, self.position.step, self.topology.is_main, peak)
         on_main_rank(self.observer.open)
+        self.saver = CheckpointSaver(
+            self.run.checkpoints,
+            self.engine,
+            self.topology,
+            config,
+            resumed_from,
+            message=self.observer.message,
+            failed=self.observer.checkpoint_failed,
+        )
         self._announce(start_from, changed)
         if begins:
             # Or a run that ends before its first checkpoint would begin again with fresh weights.
-            self.save()
+            self.save(wait=True)
 
     def _open_data(self) -> Data:
         train = self.config.train
@@ -145,8 +154,7 @@ class Trainer:
 
     def _begin(self, model: object, reader: CheckpointReader) -> None:
         """Starts with imported weights."""
-        self.position, self.resumed_from = TrainingPosition(), None
-        self.saved_step = 0
+        self.position = TrainingPosition()
         on_every_rank(lambda: read_weights(model, reader))
         self.engine = build_engine(model, self.config, self.topology)
 
@@ -156,7 +164,6 @@ class Trainer:
             recorded = [Phase(**phase) for phase in reader.state["mixture_phases"]]
             self.data.train.go_on(recorded, self.position.samples)
         self.data.go_on(reader.state.get("bookmarks", {}))
-        self.resumed_from = self.saved_step = self.position.step
         on_every_rank(lambda: read_weights(model, reader))
         restore_random_state(reader)
         self.engine = build_engine(model, self.config, self.topology)
@@ -253,6 +260,7 @@ class Trainer:
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
         further = self._mixer_metrics() | self._source_metrics()
         length = micro_batches[0].tokens.shape[1]
+        self.saver.tell_what_ended()
         self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, length, further)
         if not result.applied:
             self.observer.message(
@@ -312,28 +320,25 @@ class Trainer:
             state["mixture_phases"] = [asdict(phase) for phase in self.data.train.order.phases]
         return state
 
-    def save(self) -> None:
-        """Writes a checkpoint and removes those that ``keep_last`` and ``keep_every`` do not keep."""
+    def save(self, wait: bool) -> None:
+        """Writes a checkpoint, or begins to, and removes those that ``keep_last`` and ``keep_every`` do not keep.
+
+        Args:
+            wait: until it is written.
+        """
         self.watchdog.begin(self.position.step, "saving")
         self.observer.sync()
-        path = save_training(
-            self.run.checkpoints,
-            self.engine,
-            self.topology,
-            self.config,
-            self.position,
-            self._data_state(),
-            self.resumed_from,
-        )
-        self.saved_step = self.position.step
-        train = self.config.train
-        on_main_rank(lambda: prune_checkpoints(self.run.checkpoints, train.keep_last, train.keep_every) and None)
-        self.observer.message(f"saved {path}")
+        self.saver.save(self.position, self._data_state(), wait)
+
+    def finish_saving(self) -> None:
+        """Waits for the checkpoint that is still being written, if any."""
+        self.watchdog.begin(self.position.step, "waiting for a checkpoint")
+        self.saver.wait()
 
     def save_what_is_new(self) -> None:
         """Writes a checkpoint unless the newest one holds every step already."""
-        if self.position.step > self.saved_step:
-            self.save()
+        if not self.saver.holds(self.position.step):
+            self.save(wait=True)
 
 
 def _described(split: SplitSummary) -> str:

@@ -73,12 +73,18 @@ class TensorPiece:
 
 
 class ShardStream:
-    """Collects copies of pieces and writes a shard file each time the next piece would exceed the bound."""
+    """Collects pieces and writes a shard file each time the next piece would exceed the bound.
 
-    def __init__(self, directory: Path, rank: int, max_shard_bytes: int) -> None:
+    Args:
+        copy: whether to collect copies; else a piece must stay as it is, contiguous on the CPU, until its shard is
+            written.
+    """
+
+    def __init__(self, directory: Path, rank: int, max_shard_bytes: int, copy: bool = True) -> None:
         self.directory = directory
         self.rank = rank
         self.max_shard_bytes = max_shard_bytes
+        self.copy = copy
         self.shards: list[ShardRecord] = []
         self._tensors: dict[str, Tensor] = {}
         self._records: list[PieceRecord] = []
@@ -86,7 +92,7 @@ class ShardStream:
         self._buffer: Tensor | None = None
 
     def add(self, piece: TensorPiece) -> None:
-        """Take a copy of the piece; raises ``ValueError`` for a piece that contradicts itself, ``OSError`` or
+        """Take the piece; raises ``ValueError`` for a piece that contradicts itself, ``OSError`` or
         ``SafetensorError`` when a shard cannot be written."""
         if piece.is_empty_slice():
             return
@@ -95,10 +101,11 @@ class ShardStream:
             raise ValueError(f"tensor {record.name!r} ({record.kind}) was given twice at {record.offset}")
         if self._records and self._bytes + record.num_bytes > self.max_shard_bytes:
             self.flush()
-        # A copy: the caller may reuse its buffer, and a view would keep a whole flat buffer alive.
-        copy = self._room_for(record)
-        copy.copy_(piece.tensor.detach())
-        self._tensors[record.key] = copy
+        tensor = piece.tensor.detach()
+        if self.copy:
+            # The caller may reuse its buffer, and a view would keep a whole flat buffer alive.
+            tensor = self._room_for(record).copy_(tensor)
+        self._tensors[record.key] = tensor
         self._records.append(record)
         self._bytes += record.num_bytes
 

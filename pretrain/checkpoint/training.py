@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import state_pieces
 from pretrain.checkpoint.shards import TensorPiece
-from pretrain.checkpoint.writer import write_checkpoint
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.models.parameters import full_shape, own_slice, padded_to
@@ -46,8 +44,8 @@ class TrainingPosition:
         return self.step - self.skipped_steps
 
 
-def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
-    """This rank's part of the checkpoint; each element of a tensor comes from exactly one rank.
+def training_pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
+    """This rank's part of a checkpoint, read as it is drawn; each element of a tensor comes from exactly one rank.
 
     Reading is collective over the data-parallel group (of experts: over the ranks that hold them), so every rank walks
     all of its parameters.
@@ -55,8 +53,8 @@ def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
     for name, parameter in engine.parameters.items():
         sharded = parameter.spec.shard_dimension
         shape = engine.shapes[name]
-        copy = topology.expert_data_rank if parameter.spec.expert else topology.copy_rank
-        writes = copy == 0 and (sharded is not None or topology.tensor_rank == 0)
+        copy_rank = topology.expert_data_rank if parameter.spec.expert else topology.copy_rank
+        writes = copy_rank == 0 and (sharded is not None or topology.tensor_rank == 0)
         writes = writes and not parameter.spec.pipeline_copy
         for kind in ("weight", *MOMENTS):
             tensor = engine.read_state(name, kind)
@@ -76,32 +74,20 @@ def _pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
                 dimension=sharded,
                 offset=offset,
             )
+    yield from state_pieces(engine.decoder, topology)
 
 
-def save_training(
-    run_checkpoints: Path,
-    engine: Engine,
-    topology: Topology,
-    config: Config,
-    position: TrainingPosition,
-    data_state: Mapping[str, Any],
-    resumed_from: int | None,
-) -> Path:
-    """Writes a checkpoint of ``position``; every rank calls it.
+def training_state(config: Config, position: TrainingPosition, data_state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, as JSON holds it; later steps do not change it.
 
-    ``data_state`` is what a later start needs to go on with the same data, as JSON holds it.
-
-    Raises:
-        CheckpointError: on every rank, where one of them could not write; earlier checkpoints are untouched.
+    ``data_state`` is what a later start needs to go on with the same data.
     """
-    state = {
+    return {
         "config": config.model_dump(mode="json"),
         "position": asdict(position),
-        **data_state,
+        **copy.deepcopy(dict(data_state)),
         "random_state": torch.get_rng_state().numpy().tobytes().hex(),
     }
-    pieces = itertools.chain(_pieces(engine, topology), state_pieces(engine.decoder, topology))
-    return write_checkpoint(run_checkpoints, position.step, pieces, state, resumed_from=resumed_from)
 
 
 def state_of_import(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:

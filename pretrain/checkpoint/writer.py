@@ -50,8 +50,10 @@ def write_checkpoint(
     *,
     resumed_from: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    copy_pieces: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save one checkpoint; collective over the default group when ``torch.distributed`` is initialised.
+    """Save one checkpoint; collective over ``group`` when ``torch.distributed`` is initialised.
 
     ``pieces`` is consumed lazily and always to its end, also on a rank whose disk is full, because gathering
     a piece may itself be a collective that the other ranks wait in. A rank holds at most about
@@ -64,6 +66,9 @@ def write_checkpoint(
         state: any JSON dictionary (tuples come back as lists); that of rank 0 is saved.
         resumed_from: the step this process was resumed from, if any. Saving that step again is no error.
         max_shard_bytes: bound on the tensor bytes of one shard file.
+        copy_pieces: whether a piece may change after it was drawn; else none is copied again, and a rank holds no
+            more than what it gave.
+        group: all ranks; the default group if ``None``. A thread beside training needs one of its own.
 
     Returns:
         The checkpoint's directory. If a complete checkpoint of this step exists and is the same point of the
@@ -88,13 +93,13 @@ def write_checkpoint(
         except Exception as failure:  # every failure must reach the other ranks, else they wait for ever
             error = _describe_failure(failure)
     # Rank 0 decides for all whether there is anything to write.
-    keep_existing = _exchange((error, keep_existing), step, temporary)[0][1]
+    keep_existing = _exchange((error, keep_existing), step, temporary, group)[0][1]
     if keep_existing:
         logger.warning("%s is already complete: it was left as it is", target)
         return target
 
-    shards, error = _write_shards(temporary, rank, pieces, max_shard_bytes)
-    gathered = _exchange((error, shards), step, temporary)
+    shards, error = _write_shards(ShardStream(temporary, rank, max_shard_bytes, copy_pieces), pieces)
+    gathered = _exchange((error, shards), step, temporary, group)
 
     error = None
     if rank == 0:
@@ -102,15 +107,12 @@ def write_checkpoint(
             _publish(temporary, target, step, state_text, [shard for _, part in gathered for shard in part])
         except Exception as failure:
             error = _describe_failure(failure)
-    _exchange((error, None), step, temporary)
+    _exchange((error, None), step, temporary, group)
     return target
 
 
-def _write_shards(
-    directory: Path, rank: int, pieces: Iterable[TensorPiece], max_shard_bytes: int
-) -> tuple[list[ShardRecord], str | None]:
+def _write_shards(stream: ShardStream, pieces: Iterable[TensorPiece]) -> tuple[list[ShardRecord], str | None]:
     """Write this rank's shards. After a failure the remaining pieces are still drawn, and dropped."""
-    stream = ShardStream(directory, rank, max_shard_bytes)
     iterator: Iterator[TensorPiece] = iter(pieces)
     error: str | None = None
     while True:
@@ -217,12 +219,14 @@ def _describe_failure(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}" if not isinstance(failure, ValueError) else str(failure)
 
 
-def _exchange(mine: tuple[str | None, Any], step: int, temporary: Path) -> list[tuple[str | None, Any]]:
+def _exchange(
+    mine: tuple[str | None, Any], step: int, temporary: Path, group: dist.ProcessGroup | None
+) -> list[tuple[str | None, Any]]:
     """Gather (error, value) of all ranks; if any rank has an error, clean up and raise the same on all."""
     gathered: list[Any] = [mine]
     if _distributed():
         gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
+        dist.all_gather_object(gathered, mine, group=group)
     failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(gathered) if error]
     if not failures:
         return gathered
@@ -230,7 +234,7 @@ def _exchange(mine: tuple[str | None, Any], step: int, temporary: Path) -> list[
         shutil.rmtree(temporary, ignore_errors=True)
     shown = "; ".join(failures[:4]) + (f"; and {len(failures) - 4} more ranks" if len(failures) > 4 else "")
     if _distributed():
-        dist.barrier()  # no rank goes on (and perhaps saves again) before the clean-up is done
+        dist.barrier(group)  # no rank goes on (and perhaps saves again) before the clean-up is done
     raise CheckpointError(
         f"step {step} could not be saved in {temporary.parent}: {shown}. Earlier checkpoints are untouched"
     )

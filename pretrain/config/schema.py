@@ -242,6 +242,11 @@ class TrainConfig(StrictModel):
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="held-out samples of an evaluation, at most")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    checkpoint_mode: Literal["asynchronous", "synchronous"] = Field(
+        "asynchronous",
+        description="asynchronous: training waits only for a copy to host memory, and one that cannot be written is "
+        "reported; synchronous: it waits for the disk, and ends where one cannot be written",
+    )
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="also keep checkpoints of multiples of this step")
     log_every: int = Field(1, ge=1, description="steps between lines where there is no terminal")

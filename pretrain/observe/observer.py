@@ -40,6 +40,7 @@ class Observer:
         self.peak_flops_per_second = peak_flops_per_second
         self._flops_per_token: dict[int, float] = {}
         self.pending: dict[str, object] = {}
+        self.failed_checkpoints = 0
         self._began = 0.0
 
     def open(self) -> None:
@@ -113,6 +114,7 @@ class Observer:
             "tflops_per_second": achieved / 1e12,
             **({} if peak is None else {"model_flops_utilization": achieved / peak}),
             "skipped": not result.applied,
+            **({"failed_checkpoints": self.failed_checkpoints} if self.failed_checkpoints else {}),
             **further,
         }
         self.progress.update(step, self.pending)
@@ -137,6 +139,14 @@ class Observer:
                 "held_out_bits_per_byte": loss.bits_per_byte,
             }
             self.progress.evaluation(step, loss.nats_per_token, loss.bits_per_byte)
+
+    def checkpoint_failed(self, text: str) -> None:
+        """One checkpoint less than there should be: says so, and counts it in the figures from now on."""
+        self.failed_checkpoints += 1
+        if self.is_main:
+            if self.pending:
+                self.pending["failed_checkpoints"] = self.failed_checkpoints
+            self.message(f"NOT SAVED, training goes on without this checkpoint: {text}")
 
     def flush(self) -> None:
         """Writes the figures of the last step, once all of them are there."""
