@@ -282,6 +282,20 @@ def bench_data(
     print_bench_data(tokens, rounds, as_json)
 
 
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    parameters: Annotated[str, typer.Option(help="of the model, for instance 200M", metavar="COUNT")] = "200M",
+    ranks: Annotated[int, typer.Option(min=1, help="processes, on the CPU; ZeRO-1 over all of them")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds in which all take turns; the median is printed")] = 3,
+    directory: Annotated[Path, typer.Option(help="on the file system to measure; left as it was")] = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
+) -> None:
+    """How long training waits for a checkpoint: ours, DeepSpeed's and torch's, written meanwhile or not."""
+    from pretrain.bench.checkpoint import print_bench_checkpoint
+
+    print_bench_checkpoint(parameters, ranks, rounds, directory, as_json)
+
+
 @bench_app.command("equal-compute")
 def bench_equal_compute(
     configs: Annotated[
