@@ -44,17 +44,29 @@ class TrainingPosition:
         return self.step - self.skipped_steps
 
 
+def _writing_copies(engine: Engine, topology: Topology) -> dict[str, int]:
+    """Which of the ranks that hold a parameter writes it: the one with the fewest elements so far."""
+    loads = {False: [0] * topology.copy_size, True: [0] * topology.expert_data_size}
+    writers = {}
+    for name, parameter in engine.parameters.items():
+        load = loads[parameter.spec.expert]
+        writers[name] = load.index(min(load))
+        load[writers[name]] += engine.shapes[name].numel()
+    return writers
+
+
 def training_pieces(engine: Engine, topology: Topology) -> Iterator[TensorPiece]:
     """This rank's part of a checkpoint, read as it is drawn; each element of a tensor comes from exactly one rank.
 
     Reading is collective over the data-parallel group (of experts: over the ranks that hold them), so every rank walks
     all of its parameters.
     """
+    writers = _writing_copies(engine, topology)
     for name, parameter in engine.parameters.items():
         sharded = parameter.spec.shard_dimension
         shape = engine.shapes[name]
         copy_rank = topology.expert_data_rank if parameter.spec.expert else topology.copy_rank
-        writes = copy_rank == 0 and (sharded is not None or topology.tensor_rank == 0)
+        writes = copy_rank == writers[name] and (sharded is not None or topology.tensor_rank == 0)
         writes = writes and not parameter.spec.pipeline_copy
         for kind in ("weight", *MOMENTS):
             tensor = engine.read_state(name, kind)

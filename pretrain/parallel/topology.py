@@ -28,8 +28,9 @@ class Topology:
         device: that this process computes on.
         rank, world_size: over all processes.
         tensor_rank, pipeline_rank, data_rank: within their groups; ``*_size`` likewise.
-        copy_rank: among the ranks that hold the same weights: data-parallel and context-parallel ones together.
-        expert_data_rank: among the ranks that hold the same experts.
+        copy_rank: among the ranks that hold the same weights: data-parallel and context-parallel ones together;
+            ``copy_size`` counts them.
+        expert_data_rank: among the ranks that hold the same experts; ``expert_data_size`` counts them.
     """
 
     device: torch.device
@@ -42,7 +43,9 @@ class Topology:
     data_rank: int
     data_size: int
     copy_rank: int
+    copy_size: int
     expert_data_rank: int
+    expert_data_size: int
 
     @property
     def is_main(self) -> bool:
@@ -118,7 +121,9 @@ def build_topology(config: Config) -> Topology:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         copy_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        copy_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
+        expert_data_size=parallel_state.get_expert_data_parallel_world_size(),
     )
 
 

@@ -179,3 +179,14 @@ def test_pieces_are_drawn_to_the_end_where_one_cannot_be_copied():
     assert drawn == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="'w0'.*expected float32"):
         next(copies)
+
+
+@pytest.mark.gpu
+def test_copies_from_a_gpu_are_pinned_and_complete(tensors, whole_pieces):
+    device = torch.device("cuda")
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    copies = list(HostCopies(device).take(whole_pieces(on_device)))
+    for tensor in on_device.values():
+        tensor.fill_(-1.0)
+    for copy, piece in zip(copies, whole_pieces(tensors), strict=True):
+        assert copy.tensor.is_pinned() and torch.equal(copy.tensor, piece.tensor)

@@ -141,3 +141,12 @@ def test_killed_while_a_checkpoint_is_written(worker_pools, tmp_path):
         for file in path.glob("shard-*"):
             beside = cut / "run" / "checkpoints" / path.name / file.name
             assert beside.read_bytes() == file.read_bytes(), (path.name, file.name)
+
+
+def test_copies_of_the_weights_share_the_writing(worker_pools, tmp_path):
+    """Each of two ranks that hold all weights writes about half of them."""
+    raw = run_config(tmp_path, parallel={"zero": 0}, steps=1)
+    worker_pools(2).run("tests.training.programs", "run_training", raw=raw)
+    (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    sizes = [file.stat().st_size for file in sorted(path.glob("shard-*"))]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
