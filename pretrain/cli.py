@@ -296,6 +296,29 @@ def bench_checkpoint(
     print_bench_checkpoint(parameters, ranks, rounds, directory, as_json)
 
 
+@bench_app.command("context")
+def bench_context(
+    ranks: Annotated[str, typer.Option(help="numbers of processes, with commas between; 1 is always among them")] = (
+        "1,2,4"
+    ),
+    tokens: Annotated[int, typer.Option(min=1, help="of the one sequence; attention and models have a fourth")] = 8192,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="a mixer, or model, can be given several times; default: all", metavar="NAME"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="of torch in each process")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
+) -> None:
+    """One sequence over several processes, which it starts itself: messages beside the formulas, and time of a step
+    beside the ideal, a chain of ranks and all-to-all over heads."""
+    from pretrain.bench.context import Settings
+    from pretrain.bench.context_report import parse_ranks, print_bench_context
+
+    settings = Settings(parse_ranks(ranks), tokens, tuple(only or ()), rounds, threads)
+    print_bench_context(settings, as_json)
+
+
 @bench_app.command("equal-compute")
 def bench_equal_compute(
     configs: Annotated[

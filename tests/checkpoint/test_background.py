@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def out_of_memory(*_, **__):
         (writer.Path, "mkdir", read_only, "Read-only file system"),
         (writer, "write_durably", no_space, "No space left on device"),
         (writer.os, "rename", no_space, "No space left on device"),
-        (host_copies.torch, "empty", out_of_memory, "can't allocate memory"),
+        (host_copies, "torch", SimpleNamespace(**vars(torch) | {"empty": out_of_memory}), "can't allocate memory"),
         # What no save expects: the protocol itself is cut short.
         (background, "write_checkpoint", out_of_memory, "can't allocate memory"),
     ],
