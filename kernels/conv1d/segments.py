@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.segments import Segments
+from kernels.segments.gates import begins_later
 
 
 def state_before_segment(segments: Segments, inputs: Tensor, width: int, document_starts: Tensor | None) -> Tensor:
@@ -28,7 +29,5 @@ def state_before_segment(segments: Segments, inputs: Tensor, width: int, documen
         )
     window = inputs[:, sequence - reach :].to(torch.promote_types(inputs.dtype, torch.float32))
     if document_starts is not None:
-        starts = document_starts[:, sequence - reach :]
-        from_here_on = starts.flip(1).cumsum(1).flip(1)
-        window = window.masked_fill((from_here_on > starts.long())[..., None], 0.0)
+        window = window.masked_fill(begins_later(document_starts[:, sequence - reach :])[..., None], 0.0)
     return segments.from_previous(window)

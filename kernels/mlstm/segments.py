@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from kernels.mlstm.state import MLSTMState, compute_dtype
 from kernels.segments import Parts, Segments, parts_before, weighted_outer_sum
-from kernels.segments.gates import decay_to_end
+from kernels.segments.gates import begins_later, decay_to_end
 
 
 def state_before_segment(
@@ -38,7 +38,7 @@ def state_before_segment(
     stabilizer = exponent.amax(1)
     if document_starts is not None:
         # A document begins from an empty state, whose stabilizer is 0 and decays like any.
-        latest = document_starts & (document_starts.flip(1).cumsum(1).flip(1) == 1)
+        latest = document_starts & ~begins_later(document_starts)
         empty = (behind + log_forget).masked_fill(~latest[..., None], -torch.inf).amax(1)
         stabilizer = torch.maximum(stabilizer, empty)
     weights = torch.exp(exponent - stabilizer[:, None])

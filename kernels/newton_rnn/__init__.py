@@ -173,13 +173,15 @@ def _state_shape(cell: Cell, inputs: Tensor) -> tuple[int, ...]:
 
 def _solve(
     cell: Cell, inputs: Tensor, parameters: Sequence[Tensor], initial_state: Tensor | None,
-    document_starts: Tensor | None, settings: Settings, backend: str,
+    document_starts: Tensor | None, settings: Settings, backend: str, segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor, NewtonReport]:  # fmt: skip
     """All states and the last one, in the dtype of the arithmetic, by the loop or by Newton's method in torch."""
     dtype = compute_dtype(inputs, *parameters, initial_state)
     if initial_state is None:
         initial_state = torch.zeros(_state_shape(cell, inputs), dtype=dtype, device=inputs.device)
     initial_state, parameters = initial_state.to(dtype), [parameter.to(dtype) for parameter in parameters]
+    if segments is not None:
+        return newton_solve_segments(cell, inputs, parameters, initial_state, document_starts, settings, segments)
     if backend == "reference":
         states = recurrence_reference(cell, inputs, parameters, initial_state, document_starts)
         count = torch.zeros((), dtype=torch.int64, device=inputs.device)
@@ -207,22 +209,16 @@ def _run(
     tensors = [tensor for tensor, _ in parameters.values()]
     is_double = compute_dtype(gates, *tensors, initial_state).itemsize == 8
     elements = math.prod(_state_shape(cell, gates))
-    if segments is not None:
-        if initial_state is not None:
-            raise ValueError(f"{name}: the state before a segment is what segments say; give no initial_state.")
-        dtype = torch.float64 if is_double else torch.float32
-        like = torch.zeros(_state_shape(cell, gates), dtype=dtype, device=gates.device)
-        tensors = [tensor.to(dtype) for tensor in tensors]
-        states, final, report = newton_solve_segments(cell, gates, tensors, like, document_starts, settings, segments)
-        return _hidden(cell, states).to(gates.dtype), final, report
+    if segments is not None and initial_state is not None:
+        raise ValueError(f"{name}: the state before a segment is what segments say; give no initial_state.")
     backend = choose_backend(backend, elements, gates.is_cuda, is_double, has_kernel=True)
-    if backend == "triton":
+    if backend == "triton" and segments is None:
         # Imported here because Triton is slow to import and absent from some CPU installations.
         from kernels.newton_rnn.newton_triton import newton_triton
 
         return newton_triton(cell, gates, tensors, initial_state, document_starts, settings)
     settings = replace(settings, is_sequential=backend == "sequential")
-    states, final, report = _solve(cell, gates, tensors, initial_state, document_starts, settings, backend)
+    states, final, report = _solve(cell, gates, tensors, initial_state, document_starts, settings, backend, segments)
     return _hidden(cell, states).to(gates.dtype), final, report
 
 

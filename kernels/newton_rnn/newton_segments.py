@@ -41,7 +41,7 @@ def newton_solve_segments(
     """This rank's part of the trajectory of a cell, which begins with zero on the first rank.
 
     Args:
-        like: (batch, channels) or (batch, K, channels), in the dtype of the arithmetic.
+        like: zeros, (batch, channels) or (batch, K, channels), in the dtype of the arithmetic.
         segments: where this rank's segment stands; every rank makes this call.
         cell, inputs, parameters, cuts, settings: as for ``newton_solve``, of this segment.
 

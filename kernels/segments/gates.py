@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def begins_later(document_starts: Tensor) -> Tensor:
+    """Where ``document_starts`` (batch, sequence) says that a document begins behind the token."""
+    from_here_on = document_starts.flip(1).cumsum(1).flip(1)
+    return from_here_on > document_starts.long()
+
+
 def decay_to_end(log_decay: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logarithms of what the tokens behind each token leave of it, and of what the segment leaves of an older state.
 
@@ -21,7 +27,6 @@ def decay_to_end(log_decay: Tensor, document_starts: Tensor | None) -> tuple[Ten
     whole = sums[:, 0]
     behind = sums - log_decay.double()
     if document_starts is not None:
-        later = document_starts.flip(1).cumsum(1).flip(1)
-        behind = behind.masked_fill((later > document_starts.long())[..., None], -torch.inf)
-        whole = whole.masked_fill((later[:, 0] > 0)[:, None], -torch.inf)
+        behind = behind.masked_fill(begins_later(document_starts)[..., None], -torch.inf)
+        whole = whole.masked_fill(document_starts.any(1)[:, None], -torch.inf)
     return behind.to(log_decay.dtype), whole.to(log_decay.dtype)

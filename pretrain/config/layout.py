@@ -52,8 +52,7 @@ def _context_problem(config: Config) -> str | None:
             f"{why} wait for the state of the rank before, and collective calls of ZeRO-{parallel.zero} in between "
             f"would wait for ever; use zero=0 or zero=1, or context=1"
         )
-    multiple = parallel.tensor if parallel.sequence else 1
-    problem = _routed_segments_problem(config, waiting, multiple)
+    problem = _routed_segments_problem(config, waiting)
     if problem:
         return problem
     for name, block in model.blocks.items():
@@ -61,7 +60,7 @@ def _context_problem(config: Config) -> str | None:
             continue
         shortest = block.mixer.shortest_segment()
         for key, length in config.sequence_lengths():
-            segment = -(-length // (context_parallel * multiple)) * multiple
+            segment = parallel.segment_length(length)
             if segment < shortest:
                 return (
                     f"{key}={length} over parallel.context={context_parallel} ranks leaves {segment} tokens a rank, "
@@ -71,7 +70,7 @@ def _context_problem(config: Config) -> str | None:
     return None
 
 
-def _routed_segments_problem(config: Config, waiting: list[str], multiple: int) -> str | None:
+def _routed_segments_problem(config: Config, waiting: list[str]) -> str | None:
     """Why routed experts, whose balance loss is of whole sequences, cannot see those in segments."""
     parallel = config.parallel
     for name, block in config.model.blocks.items():
@@ -85,9 +84,10 @@ def _routed_segments_problem(config: Config, waiting: list[str], multiple: int) 
                 f"mixers and a scheme that exchange states, or set parallel.context to 1"
             )
         for key, length in config.sequence_lengths():
-            if length % (parallel.context * multiple):
+            even = parallel.context * parallel.segment_multiple
+            if length % even:
                 return (
-                    f"{start}: {key}={length} is not divisible by {parallel.context * multiple}, and what fills up the "
+                    f"{start}: {key}={length} is not divisible by {even}, and what fills up the "
                     f"last segment would choose experts; change {key} or parallel.context"
                 )
     return None

@@ -170,6 +170,15 @@ class ParallelConfig(StrictModel):
         """Processes that read the same samples together."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def segment_multiple(self) -> int:
+        """What the length of a segment is a multiple of."""
+        return self.tensor if self.sequence else 1
+
+    def segment_length(self, sequence_length: int) -> int:
+        """Tokens of each sequence that a context-parallel rank holds, padding included."""
+        return -(-sequence_length // (self.context * self.segment_multiple)) * self.segment_multiple
+
     @model_validator(mode="after")
     def _combinations(self) -> ParallelConfig:
         if self.pipeline > 1 and self.zero >= 2:

@@ -52,6 +52,11 @@ class SegmentTraffic:
         return SegmentTraffic(self.messages * count, self.bytes * count)
 
 
+def _rounds(ranks: int) -> int:
+    """Of a scan, beside its first message."""
+    return max(ranks - 2, 0).bit_length()
+
+
 def exchanged(messages: Sequence[SegmentMessage], scheme: str, ranks: int) -> SegmentTraffic:
     """Forward and backward together, of one sequence.
 
@@ -61,7 +66,7 @@ def exchanged(messages: Sequence[SegmentMessage], scheme: str, ranks: int) -> Se
         ranks: that hold the sequence.
     """
     # Of a scan: how many ranks find another one at the distance of each round.
-    rounds = [ranks - 1] + [ranks - 1 - (1 << power) for power in range(max(ranks - 2, 0).bit_length())]
+    rounds = [ranks - 1] + [ranks - 1 - (1 << power) for power in range(_rounds(ranks))]
     pairs = {"next": ranks - 1, "everyone": ranks * (ranks - 1)}
     pairs["before"] = pairs["everyone"] if scheme == "gather" else sum(rounds)
     total = SegmentTraffic(0, 0.0)
@@ -77,8 +82,7 @@ def kept(messages: Sequence[SegmentMessage], scheme: str, ranks: int) -> float:
 
     Summaries of all segments, or both sides of each round; keys and values of all segments in front; windows.
     """
-    rounds = max(ranks - 2, 0).bit_length()
-    copies = {"before": ranks if scheme == "gather" else 2 * rounds + 1, "next": 1, "everyone": ranks - 1}
+    copies = {"before": ranks if scheme == "gather" else 2 * _rounds(ranks) + 1, "next": 1, "everyone": ranks - 1}
     return sum(copies[message.to] * message.forward for message in messages if message.forward and message.backward)
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pretrain.config.schema import BlockConfig, Config
 from pretrain.models.registry import MixerConfig, family_of
 from pretrain.models.segment_messages import exchanged, handed_on, kept
-
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class ContextPlan:
 
 def segment_length(config: Config) -> int:
     """Tokens of each sequence that a rank holds, padding included."""
-    parallel = config.parallel
-    multiple = parallel.tensor if parallel.sequence else 1
-    return -(-config.data.sequence_length // (parallel.context * multiple)) * multiple
+    return config.parallel.segment_length(config.data.sequence_length)
 
 
 def kept_bytes(block: BlockConfig, config: Config) -> float:
@@ -102,5 +99,4 @@ def _of_layers(mixer: MixerConfig, layers: int, config: Config) -> LayerTraffic:
 
 def _state_bytes(mixer: MixerConfig, config: Config, tokens: int) -> int:
     """Of one sequence after so many tokens."""
-    model, element = config.model, BYTES_PER_ELEMENT[config.train.precision]
-    return family_of(mixer).cost(mixer, model.hidden_size, tokens, element, model.num_layers).state_bytes
+    return mixer_cost(mixer, config, config.model.hidden_size, tokens).state_bytes

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from pretrain.config.carried_states import bytes_after_any_length
 from pretrain.config.schema import BlockConfig, Config
-from pretrain.models.registry import HierarchyConfig, MixerConfig, MixerCost, family_of, hierarchy_of
-from pretrain.plan.context import BYTES_PER_ELEMENT, kept_bytes, segment_length
+from pretrain.models.registry import HierarchyConfig, MixerCost, hierarchy_of
+from pretrain.plan.context import kept_bytes, segment_length
+from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
 
 FLOAT32 = 4
 
@@ -99,10 +100,10 @@ def block_cost(
     """Costs of a block's mixers in a network, at its width and the configuration's sequence length and precision."""
     sections = [section for section in (block.mixer, block.channel) if section is not None]
     length = max(1, round(config.data.sequence_length * positions_per_token))
-    mixers = tuple(_mixer_cost(section, config, hidden_size, length) for section in sections)
+    mixers = tuple(mixer_cost(section, config, hidden_size, length) for section in sections)
     # Extrapolated from one and two tokens: a cache that grows with every token is empty before the first.
     states = [
-        sum(_mixer_cost(section, config, hidden_size, length).state_bytes for section in sections) for length in (1, 2)
+        sum(mixer_cost(section, config, hidden_size, length).state_bytes for section in sections) for length in (1, 2)
     ]
     carried = None
     if config.train.carry_state and block.mixer is not None:
@@ -117,16 +118,6 @@ def block_cost(
         carried_channels=sum(config.model.carried_channels(place).values()),
         kept_of_segments=kept_bytes(block, config),
         carried_state_bytes=carried or 0,
-    )
-
-
-def _mixer_cost(section: MixerConfig, config: Config, hidden_size: int, sequence_length: int) -> MixerCost:
-    return family_of(section).cost(
-        section,
-        hidden_size,
-        sequence_length,
-        BYTES_PER_ELEMENT[config.train.precision],
-        config.model.num_layers,
     )
 
 

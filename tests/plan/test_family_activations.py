@@ -20,7 +20,8 @@ from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.parameters import initialise_weights
 from pretrain.models.slstm.config import SLSTMConfig
 from pretrain.plan import plan
-from pretrain.plan.memory import BYTES_PER_ELEMENT, layer_costs
+from pretrain.plan.costs import BYTES_PER_ELEMENT
+from pretrain.plan.memory import layer_costs
 from tests.plan.conftest import FAMILIES, ONE_PROCESS
 from tests.plan.measuring import build, bytes_kept
 
