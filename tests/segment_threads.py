@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.segments import Segments
+from kernels.segments import Arriving, Segments
 
 
 class _Meeting:
@@ -35,19 +35,19 @@ class ThreadSegments(Segments):
         super().__init__(rank, size, scheme)
         self.meeting = meeting
 
-    def _all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self.meeting.swap(self.rank, tensor))
+    def _all_gather(self, tensor: Tensor) -> Arriving:
+        return Arriving(torch.stack(self.meeting.swap(self.rank, tensor)))
 
-    def _all_to_all(self, parts: Tensor) -> Tensor:
-        return torch.stack([sent[self.rank] for sent in self.meeting.swap(self.rank, parts)])
+    def _all_to_all(self, parts: Tensor) -> Arriving:
+        return Arriving(torch.stack([sent[self.rank] for sent in self.meeting.swap(self.rank, parts)]))
 
-    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Tensor | None:
+    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Arriving:
         sent = self.meeting.swap(self.rank, (target, tensor.clone()))
         if source is None:
             assert not any(to == self.rank for to, _ in sent), "a message that nobody waits for"
-            return None
+            return Arriving(None)
         assert sent[source][0] == self.rank, "waits for a message that nobody sends"
-        return sent[source][1]
+        return Arriving(sent[source][1])
 
 
 def on_segments(size: int, scheme: str, work: Callable[[Segments], Any]) -> list[Any]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kernels.segments import Segments
+from kernels.segments import Segments, Told
 from kernels.segments.gates import begins_later
 
 
-def state_before_segment(segments: Segments, inputs: Tensor, width: int, document_starts: Tensor | None) -> Tensor:
-    """What :func:`kernels.conv1d.causal_conv1d` takes as initial state: the previous rank's last inputs.
+def start_exchange(
+    segments: Segments, inputs: Tensor, width: int, document_starts: Tensor | None
+) -> Callable[[], Tensor]:
+    """Tells the next rank this segment's last inputs.
 
     Args:
         segments: where this rank's segment stands; every rank makes this call.
         inputs: (batch, sequence, channels), this segment.
         width: taps of the convolution.
         document_starts: (batch, sequence) bool, or None.
+
+    Returns:
+        To be called once, when other work is done: what :func:`kernels.conv1d.causal_conv1d` takes as initial state,
+        the previous rank's last inputs.
 
     Raises:
         ValueError: the segment is shorter than ``width - 1``, so that one message is not enough.
@@ -30,4 +38,4 @@ def state_before_segment(segments: Segments, inputs: Tensor, width: int, documen
     window = inputs[:, sequence - reach :].to(torch.promote_types(inputs.dtype, torch.float32))
     if document_starts is not None:
         window = window.masked_fill(begins_later(document_starts[:, sequence - reach :])[..., None], 0.0)
-    return segments.from_previous(window)
+    return Told(segments, window, "next").take

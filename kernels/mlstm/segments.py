@@ -7,28 +7,34 @@ part that reaches over segments, ``<C, dC>`` at the segment's end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from kernels.mlstm.state import MLSTMState, compute_dtype
-from kernels.segments import Parts, Segments, parts_before, weighted_outer_sum
+from kernels.segments import Parts, PartsTold, Segments, weighted_outer_sum
 from kernels.segments.gates import begins_later, decay_to_end
 
 
-def state_before_segment(
+def start_exchange(
     segments: Segments,
     key: Tensor,
     value: Tensor,
     input_gate: Tensor,
     forget_gate: Tensor,
     document_starts: Tensor | None,
-) -> MLSTMState:
-    """What :func:`kernels.mlstm.mlstm` takes as initial state, so that all ranks' segments are one sequence.
+) -> Callable[[], MLSTMState]:
+    """Tells the other ranks what this segment does to a state.
 
     Args:
         segments: where this rank's segment stands; every rank makes this call.
         key, value, input_gate, forget_gate, document_starts: of this segment, as for ``mlstm``.
+
+    Returns:
+        To be called once, when other work is done: what :func:`kernels.mlstm.mlstm` takes as initial state, so that
+        all ranks' segments are one sequence.
     """
     dtype = compute_dtype(key, value, input_gate, forget_gate)
     log_forget = logsigmoid(forget_gate.to(dtype))
@@ -44,8 +50,13 @@ def state_before_segment(
     weights = torch.exp(exponent - stabilizer[:, None])
     matrix = weighted_outer_sum(weights, key, value)
     normalizer = weighted_outer_sum(weights, key, torch.ones_like(value[..., :1]))[..., 0]
-    _, *state = parts_before((decay, stabilizer, matrix, normalizer), _combine, segments)
-    return MLSTMState(state[1], state[2], state[0])
+    told = PartsTold((decay, stabilizer, matrix, normalizer), _combine, segments)
+
+    def state() -> MLSTMState:
+        _, stabilizer, matrix, normalizer = told.before()
+        return MLSTMState(matrix, normalizer, stabilizer)
+
+    return state
 
 
 def _combine(earlier: Parts, later: Parts) -> Parts:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 SCHEMES = ("gather", "scan")
 
@@ -35,10 +34,26 @@ class Traffic:
         self.bytes.clear()
 
 
+class Arriving:
+    """A tensor that other ranks are sending, while this one goes on."""
+
+    def __init__(self, tensor: Tensor | None, works: Iterable[dist.Work] = ()):
+        self._tensor, self._works = tensor, list(works)
+
+    def wait(self) -> Tensor | None:
+        """The tensor, once it is here; None where nothing was sent to this rank."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._tensor
+
+
 class Segments:
     """This rank's place among those that hold a sequence, in order; a subclass carries the messages.
 
-    Every rank makes the same calls in the same order, forward and backward.
+    Every rank makes the same calls in the same order, forward and backward. Those that begin with ``start`` do not
+    wait: what they return is asked for the result later. All are outside autograd; ``kernels.segments.Told`` has
+    gradients.
 
     Attributes:
         rank, size: place of this rank's segment, and how many there are.
@@ -52,24 +67,28 @@ class Segments:
         self.rank, self.size, self.scheme = rank, size, scheme
         self.traffic = Traffic()
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """``(size, *shape)``: this tensor of every rank, all of one shape. Outside autograd."""
+    def start_all_gather(self, tensor: Tensor) -> Arriving:
+        """``(size, *shape)``: this tensor of every rank, all of one shape."""
         self.traffic.add("gather", self.size - 1, tensor.numel() * tensor.element_size())
         return self._all_gather(tensor.detach().contiguous())
 
-    def sum_parts(self, parts: Tensor) -> Tensor:
-        """Of ``parts`` (size, *shape) the r-th goes to rank r; the sum of what arrives here. Outside autograd."""
-        self.traffic.add("sum", self.size - 1, parts[0].numel() * parts.element_size())
-        return self._all_to_all(parts.detach().contiguous()).sum(0)
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """As :meth:`start_all_gather`, waiting."""
+        return self.start_all_gather(tensor).wait()
 
-    def shift(self, tensor: Tensor, distance: int, first: int = 0, back: bool = False) -> Tensor | None:
-        """Every rank from ``first`` on sends its tensor to the one ``distance`` further on. Outside autograd.
+    def start_all_to_all(self, parts: Tensor) -> Arriving:
+        """Of ``parts`` (size, *shape) the r-th goes to rank r; ``(size, *shape)``, what arrives here of every rank."""
+        self.traffic.add("sum", self.size - 1, parts[0].numel() * parts.element_size())
+        return self._all_to_all(parts.detach().contiguous())
+
+    def start_shift(self, tensor: Tensor, distance: int, first: int = 0, back: bool = False) -> Arriving:
+        """Every rank from ``first`` on sends its tensor to the one ``distance`` further on.
 
         Args:
             back: the same pairs of ranks, and the other way: gradients of what was sent.
 
         Returns:
-            What arrives, of the tensor's shape; None where nothing does.
+            What arrives, of the tensor's shape; nothing where no rank is so far in front.
         """
         source = self.rank - distance if self.rank - distance >= first else None
         target = self.rank + distance if self.rank >= first and self.rank + distance < self.size else None
@@ -79,26 +98,25 @@ class Segments:
             self.traffic.add("shift", 1, tensor.numel() * tensor.element_size())
         return self._send_and_receive(tensor.detach().contiguous(), target, source)
 
-    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Tensor | None:
+    def shift(self, tensor: Tensor, distance: int, first: int = 0, back: bool = False) -> Tensor | None:
+        """As :meth:`start_shift`, waiting."""
+        return self.start_shift(tensor, distance, first, back).wait()
+
+    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Arriving:
         raise NotImplementedError(f"{type(self).__name__} must carry messages")
 
-    def _all_gather(self, tensor: Tensor) -> Tensor:
+    def _all_gather(self, tensor: Tensor) -> Arriving:
         raise NotImplementedError(f"{type(self).__name__} must carry messages")
 
-    def _all_to_all(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Arriving:
         raise NotImplementedError(f"{type(self).__name__} must carry messages")
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """As :meth:`all_gather`, with gradients; every rank must use the result in what it differentiates."""
-        return _Gathered.apply(tensor, self)
-
-    def from_previous(self, tensor: Tensor) -> Tensor:
-        """The previous rank's tensor, zeros on the first; with gradients, and to be used as in :meth:`gathered`."""
-        return _FromPrevious.apply(tensor, self)
 
 
 class ProcessSegments(Segments):
-    """Segments on the processes of a group, in the order of their ranks."""
+    """Segments on the processes of a group, in the order of their ranks.
+
+    A GPU sends and receives on a stream of its own (NCCL), a CPU on a thread (gloo), while the rank computes.
+    """
 
     def __init__(self, group: dist.ProcessGroup, scheme: str = "gather"):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), scheme)
@@ -107,51 +125,19 @@ class ProcessSegments(Segments):
         # NCCL wants all ranks in the first call of a group, and a shift leaves some out.
         dist.barrier(group=group)
 
-    def _all_gather(self, tensor: Tensor) -> Tensor:
+    def _all_gather(self, tensor: Tensor) -> Arriving:
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind()), tensor, group=self.group)
-        return gathered
+        return Arriving(gathered, [dist.all_gather(list(gathered.unbind()), tensor, group=self.group, async_op=True)])
 
-    def _all_to_all(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Arriving:
         arrived = torch.empty_like(parts)
-        dist.all_to_all_single(arrived, parts, group=self.group)
-        return arrived
+        return Arriving(arrived, [dist.all_to_all_single(arrived, parts, group=self.group, async_op=True)])
 
-    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Tensor | None:
+    def _send_and_receive(self, tensor: Tensor, target: int | None, source: int | None) -> Arriving:
         arrived = None if source is None else torch.empty_like(tensor)
         messages = []
         if target is not None:
             messages.append(dist.P2POp(dist.isend, tensor, self.ranks[target], group=self.group))
         if arrived is not None:
             messages.append(dist.P2POp(dist.irecv, arrived, self.ranks[source], group=self.group))
-        for work in dist.batch_isend_irecv(messages) if messages else ():
-            work.wait()
-        return arrived
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return segments.all_gather(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Many ranks' gradients add up: in float32, whatever was sent.
-        summed = ctx.segments.sum_parts(gradient.float() if gradient.itemsize < 4 else gradient)
-        return summed.to(gradient.dtype), None
-
-
-class _FromPrevious(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        arrived = segments.shift(tensor, 1)
-        return torch.zeros_like(tensor) if arrived is None else arrived
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        arrived = ctx.segments.shift(gradient, 1, back=True)
-        return torch.zeros_like(gradient) if arrived is None else arrived, None
+        return Arriving(arrived, dist.batch_isend_irecv(messages) if messages else ())

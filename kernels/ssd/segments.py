@@ -6,33 +6,40 @@ values, keys and step sizes by one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kernels.segments import Parts, Segments, parts_before, weighted_outer_sum
+from kernels.segments import Parts, PartsTold, Segments, weighted_outer_sum
 from kernels.segments.gates import decay_to_end
 
 
-def state_before_segment(
+def start_exchange(
     segments: Segments,
     values: Tensor,
     step_size: Tensor,
     decay_rate: Tensor,
     keys: Tensor,
     document_starts: Tensor | None,
-) -> Tensor:
-    """What :func:`kernels.ssd.ssd` takes as initial state, so that all ranks' segments are one sequence.
+) -> Callable[[], Tensor]:
+    """Tells the other ranks what this segment does to a state.
 
     Args:
         segments: where this rank's segment stands; every rank makes this call.
         values, step_size, decay_rate, keys, document_starts: of this segment, as for ``ssd``.
+
+    Returns:
+        To be called once, when other work is done: what :func:`kernels.ssd.ssd` takes as initial state, so that all
+        ranks' segments are one sequence.
     """
     is_double = any(tensor.dtype == torch.float64 for tensor in (values, step_size, decay_rate, keys))
     dtype = torch.float64 if is_double else torch.float32
     step_size = step_size.to(dtype)
     behind, decay = decay_to_end(step_size * decay_rate.to(dtype), document_starts)
     matrix = weighted_outer_sum(torch.exp(behind) * step_size, values, keys)
-    return parts_before((decay, matrix), _combine, segments)[1]
+    told = PartsTold((decay, matrix), _combine, segments)
+    return lambda: told.before()[1]
 
 
 def _combine(earlier: Parts, later: Parts) -> Parts:

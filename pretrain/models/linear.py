@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -126,17 +127,19 @@ class ColumnParallelProjections(nn.Module):
                 raise ValueError(f"the projection {name} is whole on every rank, so it must say partial_gradient=True")
             weight = new_parameter((projection.size, input_size), projection.weight)
             self.register_parameter(f"{name}_weight", weight)
-        self.sizes = [getattr(self, f"{name}_weight").shape[0] for name in self.names]
-        self.linear = _CastColumnParallelLinear(
+        self.sizes = {name: getattr(self, f"{name}_weight").shape[0] for name in self.names}
+        self.ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self._new_linear = partial(
+            _CastColumnParallelLinear,
             input_size,
-            # Megatron-core divides by the number of ranks what it is told.
-            sum(self.sizes) * parallel_state.get_tensor_model_parallel_world_size(),
             config=megatron,
             init_method=no_initialisation,
             bias=False,
             gather_output=False,
             skip_weight_param_allocation=True,
         )
+        # One for each set of maps that is done as one product; they hold no weights.
+        self._linears: dict[tuple[str, ...], _CastColumnParallelLinear] = {}
 
     def forward(self, hidden: Tensor, joined: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
         """Maps ``(sequence, batch, input_size)`` to one tensor of this rank's channels per projection.
@@ -144,17 +147,41 @@ class ColumnParallelProjections(nn.Module):
         ``joined`` names projections that follow one another and are returned as a single tensor, in the first one's
         place: they are one in memory anyway.
         """
-        weights = [getattr(self, f"{name}_weight") for name in self.names]
+        return tuple(self._product(hidden, self.names, joined).values())
+
+    def in_turn(
+        self, hidden: Tensor, later: tuple[str, ...], apart: bool, joined: tuple[str, ...] = ()
+    ) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
+        """As :meth:`forward`, and the maps named in ``later`` are returned by a function, to be called once.
+
+        Args:
+            apart: it may do them as a product of their own when it is called, while messages are on their way. Over
+                tensor-parallel ranks all stay one product, whose messages would be twice as many.
+            joined: none of which is in ``later``.
+        """
+        now = tuple(name for name in self.names if name not in later)
+        if apart and self.ranks == 1:
+            first = self._product(hidden, now, joined)
+            return tuple(first.values()), lambda: tuple(self._product(hidden, later).values())
+        found = self._product(hidden, self.names, joined)
+        behind = tuple(found.pop(name) for name in later)
+        return tuple(found.values()), lambda: behind
+
+    def _product(self, hidden: Tensor, names: tuple[str, ...], joined: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Some of the maps as one product, by name; those that are joined by the first one's."""
+        weights = [getattr(self, f"{name}_weight") for name in names]
 
         def build() -> Tensor:
             return torch.cat([weight.to(hidden.dtype) for weight in weights])
 
-        sizes = list(self.sizes)
+        sizes = {name: self.sizes[name] for name in names if name not in joined[1:]}
         if joined:
-            first = self.names.index(joined[0])
-            end = first + len(joined)
-            sizes[first:end] = [sum(sizes[first:end])]
-        return self.linear.forward_with(hidden, build).split(sizes, dim=-1)
+            sizes[joined[0]] = sum(self.sizes[name] for name in joined)
+        if names not in self._linears:
+            # Megatron-core divides by the number of ranks what it is told.
+            self._linears[names] = self._new_linear(sum(sizes.values()) * self.ranks)
+        product = self._linears[names].forward_with(hidden, build)
+        return dict(zip(sizes, product.split(list(sizes.values()), dim=-1), strict=True))
 
 
 class ColumnParallelProjection(_CastsWeight, ColumnParallelLinear):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from kernels.conv1d import causal_conv1d
-from kernels.conv1d.segments import state_before_segment as inputs_before_segment
+from kernels.conv1d.segments import start_exchange as start_window_exchange
 from kernels.newton_rnn import NewtonReport
 from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
@@ -197,20 +197,27 @@ class NewtonBlock(SequenceMixer):
         """
         raise NotImplementedError(f"{type(self).__name__} must solve its recurrence")
 
+    def _window_before(
+        self, state: State | Segments | None, inputs: Tensor, starts: Tensor | None
+    ) -> Callable[[], Tensor | None]:
+        """What the convolution begins with, to be called when other work is done: another rank may have to send it."""
+        if isinstance(state, Segments):
+            return start_window_exchange(state, inputs, self.config.convolution_width, starts)
+        return lambda: None if state is None else state["convolution"]
+
     def forward(
         self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
     ) -> tuple[Tensor, State]:
-        inputs, output_gate = self.projections(hidden)
+        (inputs,), later = self.projections.in_turn(hidden, ("output_gate",), apart=isinstance(state, Segments))
         starts = None if documents is None else documents.starts
         inputs = inputs.transpose(0, 1)
-        before = state["convolution"] if isinstance(state, dict) else None
-        if isinstance(state, Segments):
-            before = inputs_before_segment(state, inputs, self.config.convolution_width, starts)
+        before = self._window_before(state, inputs, starts)
+        (output_gate,) = later()
         convolved, window = causal_conv1d(
             inputs,
             self.convolution_weight,
             self.convolution_bias,
-            initial_state=before,
+            initial_state=before(),
             document_starts=starts,
             activation="silu",
         )

@@ -31,7 +31,7 @@ def mlstm_inputs(length: int, generator: torch.Generator) -> tuple[Tensor, ...]:
 def run_mlstm(segments: Segments | None, starts: Tensor, query, key, value, inputs, forget) -> Tensor:
     state = None
     if segments is not None:
-        state = mlstm_segments.state_before_segment(segments, key, value, inputs, forget, starts)
+        state = mlstm_segments.start_exchange(segments, key, value, inputs, forget, starts)()
     return mlstm(query, key, value, inputs, forget, initial_state=state, document_starts=starts, chunk_size=4)[0]
 
 
@@ -46,7 +46,7 @@ def run_ssd(segments: Segments | None, starts: Tensor, values, step, keys, queri
     rate, step = -torch.linspace(0.1, 1.0, HEADS, dtype=torch.float64), softplus(step)
     state = None
     if segments is not None:
-        state = ssd_segments.state_before_segment(segments, values, step, rate, keys, starts)
+        state = ssd_segments.start_exchange(segments, values, step, rate, keys, starts)()
     return ssd(values, step, rate, keys, queries, initial_state=state, document_starts=starts, chunk_size=4)[0]
 
 
@@ -58,7 +58,7 @@ def run_conv1d(segments: Segments | None, starts: Tensor, inputs: Tensor) -> Ten
     weight = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     state = None
     if segments is not None:
-        state = conv1d_segments.state_before_segment(segments, inputs, 4, starts)
+        state = conv1d_segments.start_exchange(segments, inputs, 4, starts)()
     return causal_conv1d(inputs, weight, initial_state=state, document_starts=starts, activation="silu")[0]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from kernels.segments import Segments
+from kernels.segments import Segments, Told
 from pretrain.models.attention.attend import attend
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.attention.rotary import angles, rotate
@@ -25,22 +27,26 @@ def positions_of(state: State | None, documents: Documents | None, length: int, 
     return torch.where(latest < 0, positions, index - latest)
 
 
-def open_document_length(segments: Segments, documents: Documents | None, like: Tensor) -> Tensor:
-    """How many tokens of the document that this segment goes on with are in earlier ones: (batch,) float32.
-
-    Args:
-        like: ``(batch, sequence, ...)``, for sizes and device.
+def start_length_exchange(
+    segments: Segments, documents: Documents | None, batch: int, length: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """To be called when other work is done: how many tokens of the document that this segment goes on with are in
+    earlier ones, (batch,) float32.
     """
-    batch, length = like.shape[:2]
-    begins = torch.zeros(batch, device=like.device)
-    tail = torch.full((batch,), float(length), device=like.device)
+    begins = torch.zeros(batch, device=device)
+    tail = torch.full((batch,), float(length), device=device)
     if documents is not None:
-        latest = documents.starts * torch.arange(1, length + 1, device=like.device)
+        latest = documents.starts * torch.arange(1, length + 1, device=device)
         begins, tail = documents.starts.any(1).float(), length + 1 - latest.amax(1).clamp(min=1).float()
-    before = torch.zeros_like(tail)
-    for begins_there, tail_there in segments.all_gather(torch.stack([begins, tail]))[: segments.rank]:
-        before = torch.where(begins_there > 0, tail_there, before + tail_there)
-    return before
+    arriving = segments.start_all_gather(torch.stack([begins, tail]))
+
+    def length_before() -> Tensor:
+        before = torch.zeros_like(tail)
+        for begins_there, tail_there in arriving.wait()[: segments.rank]:
+            before = torch.where(begins_there > 0, tail_there, before + tail_there)
+        return before
+
+    return length_before
 
 
 class Attention(SequenceMixer):
@@ -61,7 +67,6 @@ class Attention(SequenceMixer):
         ranks = context.tensor_parallel
         self.local_heads = heads // ranks
         shared = key_heads % ranks != 0
-        self.local_key_heads = key_heads if shared else key_heads // ranks
         self.heads_per_key = heads // key_heads
 
         split = ParameterSpec(small_normal(width), shard_dimension=0)
@@ -98,36 +103,39 @@ class Attention(SequenceMixer):
     def state_tensors(self) -> dict[str, StateTensor]:
         return self.states
 
-    def _projected(self, hidden: Tensor) -> list[Tensor]:
-        """Queries, keys and values before rotation, ``(batch, sequence, heads, size)``."""
-        heads = {"query": self.local_heads, "key": self.local_key_heads, "value": self.local_key_heads}
-        found = []
-        for (name, count), tensor in zip(heads.items(), self.projections(hidden), strict=True):
-            if self.config.bias:
-                tensor = tensor + getattr(self, f"{name}_bias").to(tensor.dtype)
-            tensor = tensor.unflatten(-1, (count, self.head)).transpose(0, 1)
-            if self.config.query_key_norm and name != "value":
-                weight = getattr(self, f"{name}_norm_weight")
-                normed = nn.functional.rms_norm(tensor.float(), (self.head,), weight, self.config.norm_epsilon)
-                tensor = normed.to(hidden.dtype)
-            found.append(tensor)
-        return found
+    def _by_heads(self, name: str, projected: Tensor) -> Tensor:
+        """Queries, keys or values before rotation, ``(batch, sequence, heads, size)``."""
+        if self.config.bias:
+            projected = projected + getattr(self, f"{name}_bias").to(projected.dtype)
+        rows = projected.unflatten(-1, (-1, self.head)).transpose(0, 1)
+        if self.config.query_key_norm and name != "value":
+            weight = getattr(self, f"{name}_norm_weight")
+            normed = nn.functional.rms_norm(rows.float(), (self.head,), weight, self.config.norm_epsilon)
+            rows = normed.to(projected.dtype)
+        return rows
 
-    def _with_earlier_segments(self, segments: Segments, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Keys and values of earlier segments, as far as this one sees them, and its own; how many are in front."""
+    def _start_exchange(
+        self, segments: Segments, key: Tensor, value: Tensor
+    ) -> Callable[[], tuple[Tensor, Tensor, int]]:
+        """To be called when other work is done: keys and values of earlier segments, as far as this one sees them, and
+        its own; how many are in front."""
         both, length, window = torch.stack([key, value]), key.shape[1], self.config.sliding_window
         reach = segments.size * length if window is None else window - 1
         if reach == 0:
-            return key, value, 0
+            return lambda: (key, value, 0)
         if reach <= length:
+            told = Told(segments, both[:, :, length - reach :], "next")
             # On the first rank zeros, which no token's position lets it see.
-            both = torch.cat([segments.from_previous(both[:, :, length - reach :]), both], 2)
-            return *both.unbind(), reach
+            return lambda: (*torch.cat([told.take(), both], 2).unbind(), reach)
         # Its own come back with the others', so that the gradients of all ranks are summed in one call.
-        gathered = segments.gathered(both)[: segments.rank + 1]
-        both = gathered.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+        told = Told(segments, both, "everyone")
         past = min(reach, segments.rank * length)
-        return *both[:, :, segments.rank * length - past :].unbind(), past
+
+        def with_earlier() -> tuple[Tensor, Tensor, int]:
+            rows = told.take()[: segments.rank + 1].permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+            return *rows[:, :, segments.rank * length - past :].unbind(), past
+
+        return with_earlier
 
     def _used(self, rows: Tensor) -> Tensor:
         """Of keys or values ``(batch, tokens, heads, size)``, the heads that this rank's query heads see, in turn."""
@@ -152,18 +160,26 @@ class Attention(SequenceMixer):
     def forward(
         self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
     ) -> tuple[Tensor, State]:
-        query, key, value = self._projected(hidden)
-        batch, length = query.shape[:2]
-        segments = None
-        if isinstance(state, Segments):
-            segments, state = state, {"position": open_document_length(state, documents, query)}
+        segments = state if isinstance(state, Segments) else None
+        (key, value), later = self.projections.in_turn(hidden, ("query",), apart=segments is not None)
+        batch, length = key.shape[1], key.shape[0]
+        if segments is not None:
+            length_before = start_length_exchange(segments, documents, batch, length, hidden.device)
+        key, value = self._by_heads("key", key), self._by_heads("value", value)
+        if segments is not None:
+            state = {"position": length_before()}
         positions = positions_of(state, documents, length, hidden.device)
         if self.rotary_size:
             cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base)
-            query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+            key = rotate(key, cosines, sines)
 
         if segments is not None:
-            key, value, past = self._with_earlier_segments(segments, key, value)
+            with_earlier = self._start_exchange(segments, key, value)
+        query = self._by_heads("query", *later())
+        if self.rotary_size:
+            query = rotate(query, cosines, sines)
+        if segments is not None:
+            key, value, past = with_earlier()
             kept_key, kept_value = key.float(), value.float()
         else:
             past = 0 if state is None else state["key"].shape[1]

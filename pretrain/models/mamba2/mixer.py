@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
 from torch import Generator, Tensor, nn
 
 from kernels.conv1d import causal_conv1d
-from kernels.conv1d.segments import state_before_segment as inputs_before_segment
+from kernels.conv1d.segments import start_exchange as start_window_exchange
 from kernels.segments import Segments
 from kernels.ssd import ssd
-from kernels.ssd.segments import state_before_segment
+from kernels.ssd.segments import start_exchange
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mamba2.config import Mamba2Config
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
@@ -136,11 +137,30 @@ class Mamba2(SequenceMixer):
             return groups
         return groups[..., self.group_of_head, :]
 
+    def _windows_before(
+        self, state: State | Segments | None, channels: Tensor, starts: Tensor | None
+    ) -> Callable[[], Tensor | None]:
+        """What the convolution begins with, to be called when other work is done: another rank may have to send it."""
+        if isinstance(state, Segments):
+            return start_window_exchange(state, channels, self.config.convolution_width, starts)
+        if state is None:
+            return lambda: None
+        return lambda: torch.cat([state[f"{name}_convolution"] for name in CONVOLVED], dim=-1)
+
+    def _matrix_before(
+        self, state: State | Segments | None, written: tuple[Tensor, ...], starts: Tensor | None
+    ) -> Callable[[], Tensor | None]:
+        """What the recurrence begins with, likewise."""
+        if isinstance(state, Segments):
+            return start_exchange(state, *written, starts)
+        return lambda: None if state is None else state["matrix"]
+
     def forward(
         self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
     ) -> tuple[Tensor, State]:
         # One convolution over values, keys and queries; each part has weights and a state of its own.
-        gate, channels, step = self.projections(hidden, joined=CONVOLVED)
+        is_segment = isinstance(state, Segments)
+        (channels, step), later = self.projections.in_turn(hidden, ("gate",), apart=is_segment, joined=CONVOLVED)
         starts = None if documents is None else documents.starts
         final: State = {}
         convolved = {}
@@ -149,16 +169,14 @@ class Mamba2(SequenceMixer):
         bias = None
         if self.config.convolution_bias:
             bias = torch.cat([getattr(self, f"{name}_convolution_bias") for name in CONVOLVED])
-        channels, before = channels.transpose(0, 1), None
-        if isinstance(state, Segments):
-            before = inputs_before_segment(state, channels, self.config.convolution_width, starts)
-        elif state is not None:
-            before = torch.cat([state[f"{name}_convolution"] for name in CONVOLVED], dim=-1)
+        channels = channels.transpose(0, 1)
+        before = self._windows_before(state, channels, starts)
+        step = nn.functional.softplus(step.float() + self.step_size_bias).transpose(0, 1)
         outputs, window = causal_conv1d(
             channels,
             weight,
             bias,
-            initial_state=before,
+            initial_state=before(),
             document_starts=starts,
             activation="silu",
         )
@@ -167,18 +185,17 @@ class Mamba2(SequenceMixer):
             final[f"{name}_convolution"] = end
         written = (
             convolved["value"].unflatten(-1, (self.local_heads, self.config.head_size)),
-            nn.functional.softplus(step.float() + self.step_size_bias).transpose(0, 1),
+            step,
             -torch.exp(self.log_decay_rate),
             self._groups_of_heads(convolved["key"]),
         )
-        initial = state["matrix"] if isinstance(state, dict) else None
-        if isinstance(state, Segments):
-            initial = state_before_segment(state, *written, starts)
+        initial = self._matrix_before(state, written, starts)
+        (gate,) = later()
         recurrent, final["matrix"] = ssd(
             *written,
             self._groups_of_heads(convolved["query"]),
             skip=self.skip,
-            initial_state=initial,
+            initial_state=initial(),
             document_starts=starts,
             chunk_size=self.config.chunk_size,
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from kernels.mlstm import MLSTMState, mlstm
-from kernels.mlstm.segments import state_before_segment
+from kernels.mlstm.segments import start_exchange
 from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
@@ -19,6 +21,9 @@ from pretrain.models.parameters import (
     small_normal,
     wang_normal,
 )
+
+# Projections that no other segment hears of.
+READ = ("query", "output_gate")
 
 
 class MLSTM(SequenceMixer):
@@ -82,11 +87,20 @@ class MLSTM(SequenceMixer):
         """``(sequence, batch, channels)`` to ``(batch, sequence, heads, head_size)``, no copy."""
         return tensor.unflatten(-1, (self.local_heads, head_size)).transpose(0, 1)
 
+    def _state_before(
+        self, state: State | Segments | None, written: tuple[Tensor, ...], starts: Tensor | None
+    ) -> Callable[[], MLSTMState | None]:
+        """What the cell begins with, to be called when other work is done: other ranks may have to be waited for."""
+        if isinstance(state, Segments):
+            return start_exchange(state, *written, starts)
+        return lambda: None if state is None else MLSTMState(**state)
+
     def forward(
         self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
     ) -> tuple[Tensor, State]:
-        query, key, value, output_gate, input_gate, forget_gate = self.projections(hidden)
-        query = self._heads(query, self.query_key_head)
+        (key, value, input_gate, forget_gate), read = self.projections.in_turn(
+            hidden, READ, apart=isinstance(state, Segments)
+        )
         written = (
             self._heads(key, self.query_key_head),
             self._heads(value, self.value_head),
@@ -94,14 +108,12 @@ class MLSTM(SequenceMixer):
             self._gate(forget_gate, self.forget_gate_bias),
         )
         starts = None if documents is None else documents.starts
-        if isinstance(state, Segments):
-            initial = state_before_segment(state, *written, starts)
-        else:
-            initial = None if state is None else MLSTMState(**state)
+        initial = self._state_before(state, written, starts)
+        query, output_gate = read()
         cell, final = mlstm(
-            query,
+            self._heads(query, self.query_key_head),
             *written,
-            initial_state=initial,
+            initial_state=initial(),
             document_starts=starts,
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from kernels.conv1d import causal_conv1d
-from kernels.conv1d.segments import state_before_segment as inputs_before_segment
+from kernels.conv1d.segments import start_exchange as start_window_exchange
 from kernels.mlstm import MLSTMState, mlstm
-from kernels.mlstm.segments import state_before_segment
+from kernels.mlstm.segments import start_exchange
 from kernels.segments import Segments
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.mixer import Documents, LayerContext, SequenceMixer, State, StateTensor
@@ -107,38 +108,51 @@ class MLSTMPreUp(SequenceMixer):
         input_gate, forget_gate = sums.unflatten(-1, (-1, 2)).transpose(0, 1).unbind(-1)
         return input_gate + self.input_gate_bias, forget_gate + self.forget_gate_bias
 
+    def _window_before(
+        self, state: State | Segments | None, inputs: Tensor, starts: Tensor | None
+    ) -> Callable[[], Tensor | None]:
+        """What the convolution begins with, to be called when other work is done."""
+        if isinstance(state, Segments):
+            return start_window_exchange(state, inputs, self.config.convolution_width, starts)
+        return lambda: None if state is None else state["window"]
+
+    def _state_before(
+        self, state: State | Segments | None, written: tuple[Tensor, ...], starts: Tensor | None
+    ) -> Callable[[], MLSTMState | None]:
+        """What the cell begins with, likewise."""
+        if isinstance(state, Segments):
+            return start_exchange(state, *written, starts)
+        return lambda: None if state is None else MLSTMState(*(state[name] for name in STATE))
+
     def forward(
         self, hidden: Tensor, state: State | Segments | None, documents: Documents | None
     ) -> tuple[Tensor, State]:
         starts = None if documents is None else documents.starts
-        inner, output_gate = self.projections(hidden)
+        (inner,), later = self.projections.in_turn(hidden, ("output_gate",), apart=isinstance(state, Segments))
         by_token = inner.transpose(0, 1)
-        before = state["window"] if isinstance(state, dict) else None
-        if isinstance(state, Segments):
-            before = inputs_before_segment(state, by_token, self.config.convolution_width, starts)
+        before = self._window_before(state, by_token, starts)
+        (value,) = self._project(inner, self.value_weight)
         convolved, window = causal_conv1d(
             by_token,
             self.convolution_weight,
             self.convolution_bias,
-            initial_state=before,
+            initial_state=before(),
             document_starts=starts,
             activation="silu",
         )
         convolved = convolved.transpose(0, 1)
         query, key = self._project(convolved, self.query_weight, self.key_weight)
-        (value,) = self._project(inner, self.value_weight)
         gates = self._gates([query, key, value])
         heads = (self.local_heads, self.head_size)
         query, key, value = (tensor.unflatten(-1, heads).transpose(0, 1) for tensor in (query, key, value))
-        initial = MLSTMState(*(state[name] for name in STATE)) if isinstance(state, dict) else None
-        if isinstance(state, Segments):
-            initial = state_before_segment(state, key, value, *gates, starts)
+        initial = self._state_before(state, (key, value, *gates), starts)
+        (output_gate,) = later()
         cell, final = mlstm(
             query,
             key,
             value,
             *gates,
-            initial_state=initial,
+            initial_state=initial(),
             document_starts=starts,
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,
