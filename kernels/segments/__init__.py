@@ -1,6 +1,6 @@
 """One sequence over several ranks, a segment on each: what ranks tell each other so that the result is one rank's."""
 
-from kernels.segments.carry import Combine, Parts, PartsTold, parts_before
+from kernels.segments.carry import Combine, Parts, PartsTold
 from kernels.segments.communication import SCHEMES, Arriving, ProcessSegments, Segments, Traffic
 from kernels.segments.outer import weighted_outer_sum
 from kernels.segments.told import Told
@@ -15,6 +15,5 @@ __all__ = [
     "Segments",
     "Told",
     "Traffic",
-    "parts_before",
     "weighted_outer_sum",
 ]

@@ -19,11 +19,6 @@ Parts = tuple[Tensor, ...]
 Combine = Callable[[Parts, Parts], Parts]
 
 
-def parts_before(parts: Sequence[Tensor], combine: Combine, segments: Segments) -> Parts:
-    """As :class:`PartsTold`, waiting for the others."""
-    return PartsTold(parts, combine, segments).before()
-
-
 class PartsTold:
     """What a segment does to a state, on its way to the other ranks; theirs are asked for by :meth:`before`.
 

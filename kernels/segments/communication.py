@@ -57,7 +57,7 @@ class Segments:
 
     Attributes:
         rank, size: place of this rank's segment, and how many there are.
-        scheme: how states are put together, ``"gather"`` or ``"scan"``; see :func:`kernels.segments.parts_before`.
+        scheme: how states are put together, ``"gather"`` or ``"scan"``; see :class:`kernels.segments.PartsTold`.
         traffic: what was received so far.
     """
 

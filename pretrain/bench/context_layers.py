@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from kernels.conv1d import causal_conv1d
 from kernels.mlstm import MLSTMState, mlstm
-from kernels.mlstm.segments import state_before_segment as mlstm_state_before
+from kernels.mlstm.segments import start_exchange as start_mlstm_exchange
 from kernels.newton_rnn import newton_gru
 from kernels.segments import Segments, Traffic
 from kernels.ssd import ssd
-from kernels.ssd.segments import state_before_segment as ssd_state_before
+from kernels.ssd.segments import start_exchange as start_ssd_exchange
 from pretrain.models.attention.attend import attend
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.attention.mixer import Attention
@@ -114,7 +114,7 @@ class MLSTMCell(Layer):
         # Written weakly and kept long, as after a training's start.
         written = (key, value, input_gate[..., 0] - 2.0, forget_gate[..., 0] + 4.0)
         if isinstance(state, Segments):
-            initial = mlstm_state_before(state, *written, None)
+            initial = start_mlstm_exchange(state, *written, None)()
         else:
             initial = None if state is None else MLSTMState(**state)
         cell, final = mlstm(query, *written, initial_state=initial)
@@ -151,7 +151,7 @@ class Mamba2Cell(Layer):
         written = (values, step, -torch.exp(self.log_decay_rate[own]), keys)
         initial = state["matrix"] if isinstance(state, dict) else None
         if isinstance(state, Segments):
-            initial = ssd_state_before(state, *written, None)
+            initial = start_ssd_exchange(state, *written, None)()
         recurrent, final = ssd(*written, queries, skip=self.skip[own], initial_state=initial)
         return recurrent.transpose(0, 1).flatten(2), {"matrix": final}
 

@@ -18,7 +18,7 @@ class SegmentMessage:
 
     Attributes:
         to: ``before``: to be combined over the segments in front, by the scheme of the layout
-            (:func:`kernels.segments.parts_before`); ``next``: to the rank that holds the next segment; ``everyone``.
+            (:class:`kernels.segments.PartsTold`); ``next``: to the rank that holds the next segment; ``everyone``.
         forward, backward: bytes; 0: nothing is sent.
         times: how often it is said.
     """

@@ -13,7 +13,7 @@ from kernels.conv1d import causal_conv1d
 from kernels.conv1d import segments as conv1d_segments
 from kernels.mlstm import mlstm
 from kernels.mlstm import segments as mlstm_segments
-from kernels.segments import Segments, parts_before, weighted_outer_sum
+from kernels.segments import PartsTold, Segments, weighted_outer_sum
 from kernels.ssd import segments as ssd_segments
 from kernels.ssd import ssd
 from tests.segment_threads import on_segments
@@ -110,7 +110,7 @@ def test_traffic_is_what_the_formulas_say(size: int) -> None:
 
     def work(segments: Segments) -> dict[str, tuple[int, int]]:
         part = torch.randn(words, dtype=torch.float64, requires_grad=True)
-        (before,) = parts_before([part], lambda earlier, later: (earlier[0] + later[0],), segments)
+        (before,) = PartsTold([part], lambda earlier, later: (earlier[0] + later[0],), segments).before()
         before.sum().backward()
         return {kind: (count, segments.traffic.bytes[kind]) for kind, count in segments.traffic.messages.items()}
 
