@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_tokenizer
+from pretrain import cli_data, cli_launch, cli_tokenizer
 from pretrain.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -46,6 +46,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_tokenizer.app, name="tokenizer")
+app.command("launch")(cli_launch.launch)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
@@ -66,16 +67,20 @@ def train(
 ) -> None:
     """Train. Under torchrun: torchrun --nproc-per-node N -m pretrain train CONFIG."""
     from pretrain.config import load_config
+    from pretrain.observe.ending import errors_said, say_ending
 
-    loaded = load_config(config, overrides or ())
-    from pretrain.config.layout import check_world_size
+    with errors_said():
+        loaded = load_config(config, overrides or ())
+        from pretrain.config.layout import check_world_size
 
-    problem = check_world_size(loaded, int(os.environ.get("WORLD_SIZE", "1")))
-    if problem:
-        raise InputError(f"{config}: {problem}")
-    from pretrain.train import train as run_training
+        problem = check_world_size(loaded, int(os.environ.get("WORLD_SIZE", "1")))
+        if problem:
+            raise InputError(f"{config}: {problem}")
+        from pretrain.train import train as run_training
 
-    outcome = run_training(loaded, resume)
+        outcome = run_training(loaded, resume)
+    how = "stopped" if outcome.stopped_by_signal else "done"
+    say_ending(how, f"step {outcome.step} of {loaded.train.steps}")
     raise typer.Exit(EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from data.config import DataConfig, HierarchicalBytesTokenizer
 from pretrain.config.carried_states import carried_states_problem
+from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
 from pretrain.models.registry import (
     OuterBlock,
@@ -296,6 +297,7 @@ class Config(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     wandb: WandbConfig | None = None
+    launch: LaunchConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
