@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Train. Under torchrun: torchrun --nproc-per-node N -m pretrain train CONFIG."""
     from pretrain.config import load_config
-    from pretrain.observe.ending import errors_said, say_ending
+    from pretrain.observe.ending import errors_said, job_is_told, say_ending
 
     with errors_said():
         loaded = load_config(config, overrides or ())
@@ -81,7 +81,9 @@ def train(
         outcome = run_training(loaded, resume)
     how = "stopped" if outcome.stopped_by_signal else "done"
     say_ending(how, f"step {outcome.step} of {loaded.train.steps}")
-    raise typer.Exit(EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE)
+    # Launchers take any other code for a crash, and kill what has still to end on other nodes.
+    stopped = outcome.stopped_by_signal and not job_is_told()
+    raise typer.Exit(EXIT_STOPPED_BY_SIGNAL if stopped else EXIT_DONE)
 
 
 @app.command()

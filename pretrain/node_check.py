@@ -114,10 +114,10 @@ def judge(results: Mapping[int, ProcessResult], nodes: Sequence[str], processes:
         problems += wrong
         sums = [found.sum_seconds for found in here.values() if found.sum_seconds is not None]
         slowest = min((found.flops_per_second for found in here.values()), default=0.0)
-        line = f"node {name}: {slowest / 1e12:.2f} TFLOP/s"
+        line = f"node {name}: {slowest / 1e12:.3g} TFLOP/s"
         line += f", a sum of {ELEMENTS_OF_SUM * 4 >> 20} MiB over all {max(sums) * 1e3:.1f} ms" if sums else ""
         if not wrong and slowest < SLOW * typical:
-            line += f", SLOW: the others reach {typical / 1e12:.2f}"
+            line += f", SLOW: the others reach {typical / 1e12:.3g}"
         lines.append(line + (", BROKEN" if wrong else ""))
     return lines, problems
 

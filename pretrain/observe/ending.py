@@ -16,6 +16,11 @@ from pretrain.observe.metrics import replace_file
 ENDING_VARIABLE = "PRETRAIN_ENDING"
 
 
+def job_is_told() -> bool:
+    """Whether a job asks for a run's ending by file, and needs no exit code to know it."""
+    return bool(os.environ.get(ENDING_VARIABLE))
+
+
 def say_ending(how: str, message: str) -> None:
     """Writes how this run ended where the job that started it looks; nothing where no job asks, or on other ranks.
 
@@ -23,9 +28,8 @@ def say_ending(how: str, message: str) -> None:
         how: ``done``, ``stopped`` (by a signal, the state saved), ``bad input``, ``failed`` or ``unhealthy``.
         message: one sentence.
     """
-    file = os.environ.get(ENDING_VARIABLE)
-    if file and os.environ.get("RANK", "0") == "0":
-        replace_file(Path(file), json.dumps({"how": how, "message": message}).encode())
+    if job_is_told() and os.environ.get("RANK", "0") == "0":
+        replace_file(Path(os.environ[ENDING_VARIABLE]), json.dumps({"how": how, "message": message}).encode())
 
 
 @contextlib.contextmanager

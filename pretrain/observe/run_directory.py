@@ -33,6 +33,9 @@ _FREE = (
     "data.curriculum",
 )
 
+# ``launch.write_job`` fills it.
+LAUNCH_DIRECTORY = "launch"
+
 _CANNOT_LOCK = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 _held_locks: set[int] = set()
 
@@ -61,7 +64,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 class RunDirectory:
     """A run on disk: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, and ``wandb/``
-    where that is configured; nothing else.
+    where that is configured; ``launch/`` where a job was made for it; nothing else.
 
     Every rank may build one to know the paths; only rank 0 calls :meth:`prepare`.
 
@@ -183,7 +186,8 @@ class RunDirectory:
     def _refuse_what_is_not_a_run(self) -> None:
         if self.config_file.exists():
             return
-        found = sorted(entry.name for entry in self.path.iterdir())
+        # A job that is to run here has its script in it already.
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name != LAUNCH_DIRECTORY)
         if found:
             shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise InputError(
