@@ -68,6 +68,7 @@ def test_the_files(tmp_path: Path) -> None:
     output = tmp_path / "a" / "new" / "directory"
     export_model(run, output)
     assert {file.name for file in output.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -207,7 +207,7 @@ def test_what_it_cannot_do_is_refused(exported: tuple[Path, Decoder], monkeypatc
 def test_a_form_needs_the_tokenizer(tmp_path: Path) -> None:
     config = tiny_config(model=hat_model(), data=WORDS)
     with pytest.raises(InputError, match="is exported with its tokenizer, data.tokenizer.type=hierarchical_bytes"):
-        CustomForm(config.model).write_config(tmp_path, {})
+        CustomForm(config.model).write_config(tmp_path, "float32", {})
 
 
 def test_the_files(exported: tuple[Path, Decoder]) -> None:
