@@ -61,7 +61,8 @@ def test_a_run(tmp_path: Path) -> None:
     data = card.data.to_dict()
     assert data == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mlstm", "swiglu"]}
     # Named as missing, behind a comment, so that the hub reads none.
-    assert "# license: apache-2.0" in card.content and "The licence, the languages" in card.text
+    written = (tmp_path / "my-model" / "README.md").read_text()
+    assert "\n# license: apache-2.0\n" in written and "The licence, the languages" in written
     for text in (
         "# my-model",
         "| class | `xLSTMForCausalLM` |",
