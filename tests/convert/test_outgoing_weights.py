@@ -100,6 +100,8 @@ def test_what_mixers_declare_stays_float32(tmp_path: Path) -> None:
     assert config.dtype == torch.bfloat16
     written, ours = tensors_in(tmp_path / "out"), dict(decoder.named_parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for module in loaded.modules():
+        assert all(hasattr(module, name) for name in getattr(module, "float32_parameters", ())), type(module)
     float32 = {name for name, tensor in written.items() if tensor.dtype == torch.float32}
     assert {name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.float32} == float32
     assert written.keys() == ours.keys()
