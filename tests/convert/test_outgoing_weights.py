@@ -100,6 +100,9 @@ def test_what_mixers_declare_stays_float32(tmp_path: Path) -> None:
     assert config.dtype == torch.bfloat16
     written, ours = tensors_in(tmp_path / "out"), dict(decoder.named_parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokens = random_tokens(2, 12)
+    found, expected = loaded(tokens).logits, decoder.logits(tokens)[0]
+    assert (found - expected).norm() <= 0.1 * expected.norm()
     for module in loaded.modules():
         assert all(hasattr(module, name) for name in getattr(module, "float32_parameters", ())), type(module)
     float32 = {name for name, tensor in written.items() if tensor.dtype == torch.float32}
@@ -228,7 +231,7 @@ def test_memory_is_that_of_one_shard(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_that_of_one_shard_at_true_size(tmp_path: Path) -> None:
-    """2.6 GB of weights in a process of its own, beside one that exports next to nothing."""
+    """2.5 GB of weights in a process of its own, beside one that exports next to nothing."""
     size = _large_checkpoint(tmp_path / "large", 400, hidden_size=1024)
     _large_checkpoint(tmp_path / "small", 1)
     peaks = {}
@@ -242,6 +245,6 @@ def test_memory_is_that_of_one_shard_at_true_size(tmp_path: Path) -> None:
         assert process.returncode == 0
         peaks[name] = usage.ru_maxrss * 1024
     assert size > 2_500_000_000
-    assert peaks["large"] - peaks["small"] < 250_000_000
+    assert peaks["large"] - peaks["small"] < 150_000_000
     exported = WeightFiles(tmp_path / "large-out")
     assert 4 * exported.elements == size and not exported.problems

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from pretrain.convert import export_model
 from pretrain.models.decoder import Decoder
-from tests.convert.checkpoints import random_tokens
-from tests.convert.test_custom_export import code_cache, exported, load
+from tests.convert.checkpoints import random_tokens, write_run
+from tests.convert.test_custom_export import MODELS, code_cache, load
 
-__all__ = ["code_cache", "exported"]
+__all__ = ["code_cache"]
 
 # Where documents begin in rows of 40: several in one, one token long, at the first position, in none.
 BEGINNINGS = [[0, 1, 17, 33, 39], [5, 22], []]
@@ -34,14 +35,18 @@ def rows_of_documents() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, starts, positions
 
 
-@pytest.fixture(scope="module")
-def model(exported: tuple[Path, Decoder, str]) -> PreTrainedModel:
-    return load(exported[0])
+@pytest.fixture(scope="module", params=["all", "hierarchy", "tied"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, code_cache: Path):
+    """Our model and its exported form."""
+    directory = tmp_path_factory.mktemp("packed")
+    run, decoder = write_run(directory / "run", MODELS[request.param])
+    export_model(run, directory / "out", check=False)
+    return decoder, load(directory / "out")
 
 
 @torch.no_grad()
-def test_documents_are_ours(exported: tuple[Path, Decoder, str], model: PreTrainedModel) -> None:
-    _, decoder, _ = exported
+def test_documents_are_ours(exported: tuple[Decoder, PreTrainedModel]) -> None:
+    decoder, model = exported
     tokens, starts, positions = rows_of_documents()
     ours, _ = decoder.logits(tokens, document_starts=starts)
     found = model(tokens, position_ids=positions).logits
@@ -61,8 +66,9 @@ def test_documents_are_ours(exported: tuple[Path, Decoder, str], model: PreTrain
     torch.testing.assert_close(model(tokens, position_ids=positions[:1]).logits, shared, atol=1e-4, rtol=0)
 
 
-def test_flattened_batches_train_as_padded_ones(exported: tuple[Path, Decoder, str], model: PreTrainedModel) -> None:
+def test_flattened_batches_train_as_documents_do(exported: tuple[Decoder, PreTrainedModel]) -> None:
     """transformers' own collator without padding: the same loss and gradients as document by document."""
+    _, model = exported
     documents = [random_tokens(length, seed=length).tolist() for length in (9, 1, 14, 9)]
     flat = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": document} for document in documents])
     model.zero_grad()
@@ -84,7 +90,8 @@ def test_flattened_batches_train_as_padded_ones(exported: tuple[Path, Decoder, s
     model.zero_grad()
 
 
-def test_generation_goes_on_from_the_last_document(model: PreTrainedModel) -> None:
+def test_generation_goes_on_from_the_last_document(exported: tuple[Decoder, PreTrainedModel]) -> None:
+    _, model = exported
     tokens, options = (
         random_tokens(1, 12).clamp(max=255),
         {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False},
@@ -95,7 +102,8 @@ def test_generation_goes_on_from_the_last_document(model: PreTrainedModel) -> No
 
 
 @pytest.mark.parametrize("exported", ["tied"], indirect=True)
-def test_what_is_not_read_is_refused(exported: tuple[Path, Decoder, str], model: PreTrainedModel) -> None:
+def test_what_is_not_read_is_refused(exported: tuple[Decoder, PreTrainedModel]) -> None:
+    _, model = exported
     tokens = random_tokens(2, 6)
     with pytest.raises(ValueError, match="seq_idx is not read here; give position_ids"):
         model(tokens, seq_idx=torch.zeros(2, 6, dtype=torch.int32))
