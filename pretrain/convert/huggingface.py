@@ -79,8 +79,8 @@ class ExportReport:
         if self.dtype != "float32":
             lines.append(
                 f"{self.kept_float32:,} of them, which training never rounds, are float32"
-                if self.needs_code
-                else f"all of them, since {self.architecture} loads norms and gates in the dtype of the rest"
+                if self.kept_float32
+                else f"all of them are, since {self.architecture} loads norms and gates in the dtype of the rest"
             )
         if self.loaded_dtype != self.dtype:
             lines.append(
@@ -154,7 +154,7 @@ def export_model(
         check_tensors(reader, shapes, model.num_layers)
         training = read_training(reader)
 
-        kept = frozenset() if dtype == "float32" else frozenset(form.float32_parameters())
+        kept = _float32_parameters(form, dtype, config.data.tokenizer)
         weights = OutgoingWeights(reader, shapes, form.pieces(shapes), DTYPES[dtype], kept)
         with whole_directory(output) as unfinished:
             write_tokenizer(config.data.tokenizer, tokenizer, unfinished)
@@ -211,6 +211,13 @@ def _open_tokenizer(config: TokenizerConfig, vocab_size: int) -> Tokenizer:
             f"tokenizer file has changed since the run"
         )
     return tokenizer
+
+
+def _float32_parameters(form: NativeForm | CustomForm, dtype: str, tokenizer: TokenizerConfig) -> frozenset[str]:
+    """What stays float32 among weights of ``dtype``: what the mixers declare, where the class loads it as it is."""
+    if dtype == "float32" or not (form.needs_code or form.loaded_dtype(dtype) == "float32"):
+        return frozenset()
+    return frozenset(CustomForm(form.model, tokenizer).float32_parameters())
 
 
 def _write_configs(

@@ -130,7 +130,8 @@ def _model(form: NativeForm | CustomForm, config: Config, dtype: str, parameters
     layers = Counter(_block_text(model, layer) for layer in range(model.num_layers))
     lengths = sorted({length for _, length in config.sequence_lengths()})
     loaded = form.loaded_dtype(dtype)
-    rounded = ", norms and gates float32" if dtype != "float32" and form.needs_code else ""
+    kept = dtype != "float32" and (form.needs_code or loaded == "float32")
+    rounded = ", norms and gates float32" if kept else ""
     rows = {
         "class": f"`{form.architecture}`" + (", with code of its own" if form.needs_code else ""),
         "parameters": f"{parameters:,}",

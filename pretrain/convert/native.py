@@ -247,10 +247,6 @@ class NativeForm:
         """What the weight files hold: tensor -> our parameters that it is made of, in order."""
         return pieces_of_tensors(self.native.places(self.model), parameters)
 
-    def float32_parameters(self) -> set[str]:
-        """None: these classes load all that they hold in the dtype of the configuration."""
-        return set()
-
 
 def first_native_form(classes: Iterable[NativeClass], model: ModelConfig) -> tuple[NativeForm | None, list[str]]:
     """The model in the first class that holds it, and why each class before that does not."""

@@ -66,7 +66,7 @@ def test_a_run(tmp_path: Path) -> None:
     for text in (
         "# my-model",
         "| class | `xLSTMForCausalLM` |",
-        "| weights | bfloat16, loaded as float32 |",
+        "| weights | bfloat16, norms and gates float32, loaded as float32 |",
         "| layers | 2 of mlstm and swiglu |",
         "| context length in training | 16 tokens |",
         "books (75.0% of the tokens; jsonl `books-*.jsonl`), web (25.0% of the tokens; dataset `owner/web` "
