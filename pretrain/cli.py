@@ -112,12 +112,25 @@ def plan(
 def export(
     source: RunOrCheckpoint,
     output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")],
+    max_shard_size: Annotated[
+        str, typer.Option(help="largest weight file, as 500MB, 5GB or 2GiB; also about what is held in memory")
+    ] = "5GB",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, of the weights; by default the run's train.precision")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="load both models whole, 8 bytes a parameter, and compare logits")] = True,
     tolerance: Annotated[float, typer.Option(min=0, help="largest difference of a float32 logit that passes")] = 1e-4,
 ) -> None:
-    """Write a model that transformers loads; it is loaded again and its logits compared before this says done."""
+    """Write a model that transformers loads; it is loaded again and its logits compared before this says done.
+
+    With it go its tokenizer, a model card written from the run, and code of its own where no class of transformers
+    holds it. bfloat16 weights are compared twice: computing in float32 with ours rounded likewise, and in bfloat16,
+    where a tenth of the logits' root mean square passes.
+    """
     from pretrain.convert import export_model
 
-    typer.echo(str(export_model(source, output, tolerance=tolerance)))
+    report = export_model(source, output, max_shard_size=max_shard_size, dtype=dtype, check=check, tolerance=tolerance)
+    typer.echo(str(report))
 
 
 @app.command("import")

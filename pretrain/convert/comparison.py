@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ _CODE_CACHE = "transformers_modules."
 
 # Both sides compute in float32 and differ only in the order of sums.
 LOGIT_TOLERANCE = 1e-4
+# Root mean square of the difference over that of the logits, where one side computes in float32 and the other in
+# bfloat16, which keeps 8 binary digits: a wrong tensor makes it about 1.
+BFLOAT16_TOLERANCE = 0.1
 # One token, around one chunk, and several chunks with a rest.
 COMPARED_LENGTHS = (1, 63, 64, 65, 200)
 
@@ -44,46 +48,67 @@ class Comparison:
         tolerance: the largest that is accepted.
         lengths: of the sequences.
         noise: how far rounding alone moves our logits; measured only where they disagree.
+        in_bfloat16: root mean square of the difference over that of the logits, with the other model in bfloat16; None
+            where it is loaded in float32.
     """
 
     largest_difference: float
     tolerance: float
     lengths: tuple[int, ...]
     noise: float | None = None
+    in_bfloat16: float | None = None
 
     @property
     def agrees(self) -> bool:
-        return self.largest_difference <= self.tolerance
+        return self.largest_difference <= self.tolerance and (self.in_bfloat16 or 0.0) <= BFLOAT16_TOLERANCE
 
 
 @torch.no_grad()
 def compare_with_transformers(
-    decoder: Decoder, tokenizer: Tokenizer, directory: Path, tolerance: float = LOGIT_TOLERANCE
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    directory: Path,
+    tolerance: float = LOGIT_TOLERANCE,
+    dtype: torch.dtype = torch.float32,
 ) -> Comparison:
     """Loads the directory as a user would, and compares logits with ours, in float32 on the CPU.
 
+    A model that is loaded in bfloat16 is compared twice: computing in float32, which finds whatever stands in a wrong
+    place, and in bfloat16, as users will.
+
     Args:
-        decoder: our model, whole and on the CPU.
+        decoder: our model, whole and on the CPU, its weights rounded to what the files hold.
         tokenizer: the run's, of whose ids tokens are drawn. Where the model reads words, ours are the tokenizer's, and
             those of the exported model are its own.
         directory: the exported files.
-        tolerance: largest absolute difference of a logit that is accepted.
+        tolerance: largest absolute difference of a logit that is accepted, in float32.
+        dtype: in which the exported model is to be loaded unless its user says otherwise.
 
     Raises:
         CheckError: the class did not take every tensor as it was written, or lacks one.
     """
     from transformers import AutoModelForCausalLM
 
-    # Written just now, by this package.
-    exported = _load(AutoModelForCausalLM, directory, trust_remote_code=True)
-    _forget_code(exported)
     batches = _random_batches(tokenizer.vocab_size)
     if decoder.model.reads_word_starts:
         # Random bytes are hardly ever characters: in every second sequence they are all ASCII.
         for tokens in batches:
             tokens[1] %= 128
     words = [_word_starts(decoder, tokenizer, tokens) for tokens in batches]
-    return _compare(decoder, exported, batches, words, tolerance)
+    # Written just now, by this package.
+    exported = _load(AutoModelForCausalLM, directory, trust_remote_code=True)
+    _forget_code(exported)
+    comparison = _compare(decoder, exported, batches, words, tolerance)
+    if dtype == torch.float32 or not comparison.agrees:
+        return comparison
+    del exported
+    exported = _load(AutoModelForCausalLM, directory, dtype="auto", trust_remote_code=True)
+    _forget_code(exported)
+    if exported.dtype != dtype:
+        raise CheckError(f"transformers loads the exported model as {exported.dtype}, not as {dtype}")
+    ours = [decoder.logits(tokens, word_starts=starts)[0] for tokens, starts in zip(batches, words, strict=True)]
+    theirs = [exported(input_ids=tokens).logits.float() for tokens in batches]
+    return dataclasses.replace(comparison, in_bfloat16=_relative_difference(ours, theirs))
 
 
 @torch.no_grad()
@@ -111,11 +136,13 @@ def compare_with_class(
     return _compare(decoder, there, batches, [None] * len(batches), tolerance)
 
 
-def _load(model_class: Any, directory: Path, **options: Any) -> PreTrainedModel:
-    """A model in float32, in evaluation mode; raises ``CheckError`` unless the files hold just its tensors."""
+def _load(
+    model_class: Any, directory: Path, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> PreTrainedModel:
+    """A model in evaluation mode; raises ``CheckError`` unless the files hold just its tensors."""
     with _without_progress_bars():
         model, loading = model_class.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     problems = {kind: names for kind, names in loading.items() if names}
     if problems:
@@ -161,6 +188,11 @@ def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
     # The maximum of tensors keeps a NaN; Python's may lose it.
     differences = [(one - other).abs().max() for one, other in zip(some, others, strict=True)]
     return torch.stack(differences).max().item()
+
+
+def _relative_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    expected, found = (torch.cat([logits.flatten() for logits in side]) for side in (ours, theirs))
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def _word_starts(decoder: Decoder, tokenizer: Tokenizer, tokens: Tensor) -> Tensor | None:

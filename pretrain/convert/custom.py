@@ -17,18 +17,24 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
 from data.config import HierarchicalBytesTokenizer, TokenizerConfig
 from pretrain.config.schema import ModelConfig
 from pretrain.convert import remote
 from pretrain.convert.native import PARTS, parts_of
 from pretrain.errors import InputError
+from pretrain.models.hugging_face import Piece
+from pretrain.models.modeling import all_float32_parameters
 from pretrain.models.registry import MixerConfig, MixerFamily, family_of
 
+if TYPE_CHECKING:
+    from pretrain.convert.remote.configuration_recurrent import RecurrentConfig
+
 CONFIGURATION, MODELING, MIXERS = "configuration_recurrent", "modeling_recurrent", "mixers"
+CACHE = "recurrent_cache"
 ARCHITECTURE = "RecurrentForCausalLM"
 PARTS_OF_STAGE = ("encoder", "decoder")
 # The file of each hierarchy's class, and the class; it builds on that of models without one.
@@ -148,8 +154,27 @@ class CustomForm:
     def cached_generation(self) -> bool:
         return not self.model.reads_word_starts
 
-    def write_config(self, directory: Path, marks: Mapping[str, Any]) -> None:
-        """Writes ``config.json`` and the code."""
+    @property
+    def masks_padding(self) -> bool:
+        return True
+
+    def loaded_dtype(self, dtype: str) -> str:
+        """In what a model whose files are of ``dtype`` is loaded, unless its user says otherwise."""
+        return dtype
+
+    def write_config(self, directory: Path, dtype: str, marks: Mapping[str, Any]) -> None:
+        """Writes ``config.json`` and the code.
+
+        Args:
+            directory: where they go.
+            dtype: of the weights.
+            marks: the special tokens' fields.
+        """
+        self._configuration(dtype, marks).save_pretrained(directory)
+        for name, text in self.files().items():
+            (directory / name).write_text(text)
+
+    def _configuration(self, dtype: str, marks: Mapping[str, Any]) -> RecurrentConfig:
         from pretrain.convert.remote.configuration_recurrent import RecurrentConfig
 
         model = self.model
@@ -166,7 +191,7 @@ class CustomForm:
             further = {"embedding_size": model.embedding_size, "hierarchy": _hierarchy(model, self.tokenizer)}
         module, name = self._class_of_model
         auto_map = {"AutoConfig": f"{CONFIGURATION}.RecurrentConfig", "AutoModelForCausalLM": f"{module}.{name}"}
-        config = RecurrentConfig(
+        return RecurrentConfig(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             layers=layers,
@@ -177,14 +202,11 @@ class CustomForm:
             tie_word_embeddings=model.tie_embeddings,
             architectures=[name],
             auto_map=auto_map,
-            dtype="float32",
+            dtype=dtype,
             use_cache=self.cached_generation,
             **further,
             **marks,
         )
-        config.save_pretrained(directory)
-        for name, text in self.files().items():
-            (directory / name).write_text(text)
 
     def files(self) -> dict[str, str]:
         """The code, by file name."""
@@ -194,7 +216,7 @@ class CustomForm:
                 family = family_of(config)
                 families[part][family.name] = modeling_module(family)
         stack = () if self.model.hierarchy is None else (BLOCK_STACK,)
-        names = dict.fromkeys((CONFIGURATION, MODELING, *stack, self._class_of_model[0]))
+        names = dict.fromkeys((CONFIGURATION, CACHE, MODELING, *stack, self._class_of_model[0]))
         code = {f"{name}.py": self_contained(_source(f"{remote.__name__}.{name}")) for name in names}
         if self.model.reads_word_starts:
             code[f"{WORD_SPLITTING}.py"] = self_contained(_source(f"data.tokenizers.{WORD_SPLITTING}"))
@@ -205,9 +227,17 @@ class CustomForm:
         code[f"{CONFIGURATION}.py"] += _DIGEST.format(_digest(code))
         return code
 
-    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the weight files hold."""
-        return dict(parameters)
+    def pieces(self, parameters: Iterable[str]) -> dict[str, dict[str, Piece]]:
+        """What the weight files hold: tensor -> our parameters that it is made of."""
+        return {name: {name: Piece(name)} for name in parameters}
+
+    def float32_parameters(self) -> set[str]:
+        """Parameters that stay float32 in files and model whatever the dtype of the others, as the mixers declare."""
+        module, name = self._class_of_model
+        model_class = getattr(importlib.import_module(f"{remote.__name__}.{module}"), name)
+        with torch.device("meta"):
+            model = model_class(self._configuration("float32", {}))
+        return set(all_float32_parameters(model))
 
 
 def _digest(code: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from pretrain.config.schema import ModelConfig
 from pretrain.convert.native import NativeClass
 from pretrain.convert.weight_files import READABLE_DTYPES, WeightFiles
 from pretrain.errors import InputError
-from pretrain.models.hugging_face import Piece, pieces_of_tensors
+from pretrain.models.hugging_face import pieces_of_tensors, shape_of_pieces
 
 Shape = tuple[int, ...]
 
@@ -39,7 +39,7 @@ class IncomingWeights:
         """
         self.shapes, self.files = shapes, files
         self.pieces = pieces_of_tensors(native.places(model), shapes)
-        expected = {tensor: self._shape_there(pieces) for tensor, pieces in self.pieces.items()}
+        expected = {tensor: shape_of_pieces(pieces, shapes) for tensor, pieces in self.pieces.items()}
         stored = files.tensors
         problems = list(files.problems)
         problems += [f"missing: {name}, {list(shape)}" for name, shape in expected.items() if name not in stored]
@@ -70,14 +70,6 @@ class IncomingWeights:
                     part = part.squeeze(piece.unsqueeze)
                 offset += length
                 yield TensorPiece(name, "weight", part, self.shapes[name])
-
-    def _shape_there(self, pieces: Mapping[str, Piece]) -> Shape:
-        """Of the tensor that these parameters make up."""
-        (first, piece), *_ = pieces.items()
-        shape = list(self.shapes[first])
-        if piece.unsqueeze is not None:
-            shape.insert(piece.unsqueeze, 1)
-        return (sum(self.shapes[name][0] for name in pieces), *shape[1:])
 
     def _same(self, name: str, other: str) -> bool:
         """Whether two stored tensors are equal, compared some rows at a time."""

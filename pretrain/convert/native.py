@@ -44,6 +44,9 @@ class NativeClass:
         defaults: fields that matter only where a layer sets them, in values that any model goes with.
         ties_embeddings: whether it can tie the head's weight to the embedding's.
         caps_logits: whether it can cap logits.
+        masks_padding: whether padding before a sequence, where ``attention_mask`` says so, stays out of its states.
+        computes_in_bfloat16: whether it can, with the kernels that it has everywhere; else files of bfloat16 are
+            widened when they are loaded.
         caches_state: whether its cache can hold the state of a model with these fields.
         counts_by_attention: its cache counts tokens in an attention layer and fails where there is none
             (transformers 5.23), also without ``generate``.
@@ -68,6 +71,8 @@ class NativeClass:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ties_embeddings: bool = True
     caps_logits: bool = False
+    masks_padding: bool = True
+    computes_in_bfloat16: bool = True
     caches_state: Callable[[Mapping[str, Any]], bool] = _always
     counts_by_attention: bool = False
     model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
@@ -216,17 +221,31 @@ class NativeForm:
     def cached_generation(self) -> bool:
         return self.native.caches_state(self.native.config_fields(self.model))
 
-    def write_config(self, directory: Path, marks: Mapping[str, Any]) -> None:
-        """Writes ``config.json``; ``marks`` are the special tokens' fields."""
+    @property
+    def masks_padding(self) -> bool:
+        return self.native.masks_padding
+
+    def loaded_dtype(self, dtype: str) -> str:
+        """In what a model whose files are of ``dtype`` is loaded, unless its user says otherwise."""
+        return dtype if self.native.computes_in_bfloat16 else "float32"
+
+    def write_config(self, directory: Path, dtype: str, marks: Mapping[str, Any]) -> None:
+        """Writes ``config.json``.
+
+        Args:
+            directory: where it goes.
+            dtype: of the weights.
+            marks: the special tokens' fields.
+        """
         from transformers import CONFIG_MAPPING
 
         fields = {**marks, **self.native.config_fields(self.model)}
-        config = CONFIG_MAPPING[self.model_type](architectures=[self.architecture], dtype="float32", **fields)
-        config.save_pretrained(directory)
+        fields |= {"architectures": [self.architecture], "dtype": self.loaded_dtype(dtype)}
+        CONFIG_MAPPING[self.model_type](**fields).save_pretrained(directory)
 
-    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the weight files hold."""
-        return self.native.tensors(self.model, parameters)
+    def pieces(self, parameters: Iterable[str]) -> dict[str, dict[str, Piece]]:
+        """What the weight files hold: tensor -> our parameters that it is made of, in order."""
+        return pieces_of_tensors(self.native.places(self.model), parameters)
 
 
 def first_native_form(classes: Iterable[NativeClass], model: ModelConfig) -> tuple[NativeForm | None, list[str]]:

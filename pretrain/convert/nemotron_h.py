@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.config.schema import ModelConfig
 from pretrain.convert.native import NativeClass
+from pretrain.errors import InputError
 from pretrain.models.hugging_face import ANY_TIME_STEP
 
 # Layers of experts are refused by their type.
@@ -23,6 +24,17 @@ _OF_EXPERTS = (
     "routed_scaling_factor",
     "topk_group",
 )
+
+
+def _modernised(raw: dict[str, Any]) -> dict[str, Any]:
+    """Files of before the class was in ``transformers`` name heads' size otherwise, and the norms' epsilon twice."""
+    fields = dict(raw)
+    for former, name in (("attention_head_dim", "head_dim"), ("rms_norm_eps", "layer_norm_epsilon")):
+        if former in fields:
+            value = fields.pop(former)
+            if fields.setdefault(name, value) != value:
+                raise InputError(f"{former} is {value!r}, but {name} is {fields[name]!r}, which are one")
+    return fields
 
 
 def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
@@ -54,8 +66,11 @@ NEMOTRON_H = NativeClass(
     defaults={"time_step_limit": ANY_TIME_STEP},
     ties_embeddings=False,
     counts_by_attention=True,
+    modernised=_modernised,
     former=frozenset(
         {
+            "attention_head_dim",
+            "rms_norm_eps",
             "hybrid_override_pattern",
             "mtp_hybrid_override_pattern",
             "num_hidden_layers",

@@ -54,9 +54,15 @@ def write_tokenizer(config: TokenizerConfig, tokenizer: Tokenizer, directory: Pa
             f"data.tokenizer.type={config.type} has no exported form: transformers would need it converted to a "
             f"tokenizer.json; convert {config.path} and train with data.tokenizer.type=huggingface"
         )
-    PreTrainedTokenizerFast(
+    written = PreTrainedTokenizerFast(
         tokenizer_object=library, bos_token=mark, eos_token=mark, clean_up_tokenization_spaces=False
-    ).save_pretrained(directory)
+    )
+    try:
+        written.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # the library's own has no type
+        raise InputError(f"tokenizer.json cannot be written in {directory.parent}: {error}; make room there") from None
     _name_common_class(directory / "tokenizer_config.json")
     _check(directory, tokenizer)
 

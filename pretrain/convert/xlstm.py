@@ -92,6 +92,9 @@ XLSTM = NativeClass(
     fields=_fields,
     ties_embeddings=False,
     caps_logits=True,
+    masks_padding=False,
+    # Its products in torch alone are of float32 gates with the activations (transformers 5.23).
+    computes_in_bfloat16=False,
     caches_state=can_cache_state,
     model_keys=_model_keys,
     modernised=_modernised,

@@ -67,6 +67,15 @@ def pieces_of_tensors(places: Mapping[str, str | Piece], parameters: Iterable[st
     return {tensor: dict(sorted(pieces.items(), key=lambda item: item[1].order)) for tensor, pieces in tensors.items()}
 
 
+def shape_of_pieces(pieces: Mapping[str, Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of the tensor of a native class that these parameters make up; ``shapes`` are the parameters'."""
+    (first, piece), *_ = pieces.items()
+    shape = list(shapes[first])
+    if piece.unsqueeze is not None:
+        shape.insert(piece.unsqueeze, 1)
+    return (sum(shapes[name][0] for name in pieces), *shape[1:])
+
+
 def renamed_section(kind: str, names: Mapping[str, str], **fixed: Any) -> Section:
     """An entry of ``SECTIONS`` that takes fields as they are.
 

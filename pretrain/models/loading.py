@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
         raise InputError(f"device must be auto, cpu or cuda, but is {device!r}")
     checkpoint = resolve_checkpoint(Path(path))
     with CheckpointReader(checkpoint) as reader:
-        config = _in_one_process(reader, device)
+        origin = f"configuration in {reader.path}"
+        config = for_one_process(stored_configuration(reader), origin, device)
         topology = build_topology(config)
         decoder = build_decoder(config.model, megatron_config(config))
         read_weights(decoder, reader)
@@ -62,13 +64,16 @@ def load_decoder(path: Path, device: str = "cpu") -> LoadedModel:
         return LoadedModel(decoder, config, reader.step, checkpoint, topology)
 
 
-def _in_one_process(reader: CheckpointReader, device: str) -> Config:
-    """The configuration that the checkpoint holds, laid out for one process."""
+def stored_configuration(reader: CheckpointReader) -> Config:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: it holds none, or one of another schema.
+    """
     raw = reader.state.get("config")
     if not isinstance(raw, dict):
         raise InputError(f"{reader.path}: its state holds no run configuration under 'config'")
-    origin = f"configuration in {reader.path}"
-    return for_one_process(parse_config(raw, origin), origin, device)
+    return parse_config(raw, f"configuration in {reader.path}")
 
 
 def for_one_process(config: Config, origin: str, device: str = "cpu") -> Config:
@@ -102,15 +107,9 @@ def read_weights(model: Decoder, reader: CheckpointReader) -> None:
             whole depth of the model) has one that the model does not know.
     """
     parameters = dict(declared_parameters(model))
-    stored = set(reader.names("weight"))
-    _check_names(reader, set(parameters), stored, model.model.num_layers)
+    shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
+    check_tensors(reader, shapes, model.model.num_layers)
     for name, parameter in parameters.items():
-        expected, found = full_shape(parameter), reader.shape(name)
-        if expected != found:
-            raise InputError(
-                f"{reader.path} is a checkpoint from another model: {name!r} has shape {list(found)} there, but "
-                f"{list(expected)} in this configuration"
-            )
         dimension = parameter.spec.shard_dimension
         if dimension is None:
             parameter.copy_(reader.read(name))
@@ -118,6 +117,22 @@ def read_weights(model: Decoder, reader: CheckpointReader) -> None:
         offset, length = own_slice(parameter.spec, parameter.shape)
         part = reader.read(name, dimension=dimension, offset=offset, length=length)
         parameter.copy_(padded_to(part, parameter.spec, parameter.shape))
+
+
+def check_tensors(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> None:
+    """Compares names and shapes of a checkpoint's weights with those that this rank holds; reads none of them.
+
+    Raises:
+        InputError: as :func:`read_weights` does.
+    """
+    _check_names(reader, set(shapes), set(reader.names("weight")), num_layers)
+    for name, expected in shapes.items():
+        found = reader.shape(name)
+        if expected != found:
+            raise InputError(
+                f"{reader.path} is a checkpoint from another model: {name!r} has shape {list(found)} there, but "
+                f"{list(expected)} in this configuration"
+            )
 
 
 def _layer(name: str) -> int:

@@ -4,6 +4,9 @@ These files are shipped with exported models, beside weights that no class of ``
 written in torch alone, for reading and for fine-tuning rather than for speed, and have the parameter names of the
 modules that were trained. Of this package they may import only each other (``pretrain.models.*.modeling``); such an
 import is rewritten when they are copied.
+
+A module's ``float32_parameters`` names those of its own parameters that training uses in float32 whatever the dtype of
+its activations: in a model of another dtype they stay float32 too.
 """
 
 from __future__ import annotations
@@ -24,6 +27,16 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+def all_float32_parameters(model: nn.Module) -> list[str]:
+    """Full names of all parameters that stay float32, whatever the dtype of the model."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "float32_parameters", ())
+        if getattr(module, name, None) is not None
+    ]
+
+
 class Projections(nn.Module):
     """Several linear maps of one input, the map ``name`` with the weight ``name_weight``."""
 
@@ -40,6 +53,8 @@ class Projections(nn.Module):
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight, reduced in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    float32_parameters = ("weight",)
 
     def __init__(self, size: int, epsilon: float):
         super().__init__()
@@ -66,6 +81,8 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 class GroupedRMSNorm(nn.Module):
     """RMS norm over each of several equal groups of channels, with one weight per channel."""
+
+    float32_parameters = ("weight",)
 
     def __init__(self, size: int, groups: int, epsilon: float):
         super().__init__()

@@ -68,6 +68,7 @@ def test_the_files(tmp_path: Path) -> None:
     output = tmp_path / "a" / "new" / "directory"
     export_model(run, output)
     assert {file.name for file in output.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -142,6 +143,21 @@ def test_transformers_writes_the_same_text(tmp_path: Path, hidden_size: int) -> 
         (ours,) = generate(decoder, ByteTokenizer(), [prompt.encode()], 24, temperature=0)
         assert bytes(token for token in ids.tolist() if token < 256) == ours
         assert len(ours) > 0
+
+
+@torch.no_grad()
+def test_the_class_reads_padding(tmp_path: Path) -> None:
+    """As the model card says: on the left it enters the state, on the right it changes nothing before it."""
+    run, _ = write_run(tmp_path / "run", model_section(**CACHED))
+    export_model(run, tmp_path / "out", check=False)
+    assert "`xLSTMForCausalLM` does not read `attention_mask`" in (tmp_path / "out" / "README.md").read_text()
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), random_tokens(1, 9).clamp(max=255)
+    mark = torch.full((1, 3), 256)
+    alone = model(tokens).logits
+    left, right = torch.cat([mark, tokens], 1), torch.cat([tokens, mark], 1)
+    padded = model(left, attention_mask=(left != 256).long()).logits[:, 3:]
+    assert (padded - alone).abs().max() > 1e-2
+    torch.testing.assert_close(model(right).logits[:, :9], alone, atol=1e-4, rtol=0)
 
 
 def test_the_exported_model_trains(tmp_path: Path) -> None:

@@ -87,6 +87,32 @@ def test_logits_are_ours(exported: tuple[Path, Decoder], words: Tokenizer) -> No
             torch.testing.assert_close(model(tokens).logits, ours, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_packed_documents_are_apart(exported: tuple[Path, Decoder], words: Tokenizer) -> None:
+    """Words are cut, and states begin, where position_ids do; with marks between the documents and without."""
+    directory, decoder = exported
+    model = load(directory)
+    for mark in ([256], []):
+        documents = [torch.tensor([*mark, *prompt.encode()]) for prompt in PROMPTS]
+        tokens = torch.cat(documents)[None]
+        positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+        starts = torch.cat([model.find_word_starts(document[None])[0] for document in documents])[None]
+        ours, _ = decoder.logits(tokens, document_starts=positions == 0, word_starts=starts)
+        found = model(tokens, position_ids=positions).logits
+        torch.testing.assert_close(found, ours, atol=1e-4, rtol=0)
+        assert model.find_word_starts(tokens, document_starts=positions == 0).tolist() == starts.tolist()
+        assert (model(tokens).logits - ours).abs().max() > 1e-2
+        # Beside a shorter row, padded on the left.
+        short = documents[0][None]
+        padded = torch.cat([tokens, torch.cat([tokens.new_full((1, tokens.shape[1] - short.shape[1]), 256), short], 1)])
+        mask = torch.ones_like(padded)
+        mask[1, : -short.shape[1]] = 0
+        both = torch.cat([positions, (mask[1:].cumsum(1) - 1).clamp(min=0)])
+        together = model(padded, attention_mask=mask, position_ids=both).logits
+        torch.testing.assert_close(together[:1], ours, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together[1:, -short.shape[1] :], model(short).logits, atol=1e-4, rtol=0)
+
+
 def test_words_are_those_of_the_tokenizer(exported: tuple[Path, Decoder], words: Tokenizer) -> None:
     """Also behind marks, other ids that are no bytes, and padding, which are words of one position."""
     model = load(exported[0])
@@ -207,7 +233,7 @@ def test_what_it_cannot_do_is_refused(exported: tuple[Path, Decoder], monkeypatc
 def test_a_form_needs_the_tokenizer(tmp_path: Path) -> None:
     config = tiny_config(model=hat_model(), data=WORDS)
     with pytest.raises(InputError, match="is exported with its tokenizer, data.tokenizer.type=hierarchical_bytes"):
-        CustomForm(config.model).write_config(tmp_path, {})
+        CustomForm(config.model).write_config(tmp_path, "float32", {})
 
 
 def test_the_files(exported: tuple[Path, Decoder]) -> None:

@@ -129,6 +129,34 @@ def test_it_writes_our_text(exported: tuple[Path, Decoder]) -> None:
     assert len(ours) > 0
 
 
+def test_prompts_of_different_lengths_are_padded_on_the_left(exported: tuple[Path, Decoder]) -> None:
+    """As the model card says: what the mask masks enters neither state nor attention."""
+    directory, _ = exported
+    assert "padded on the left" in (directory / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    prompts = [random_tokens(length, seed=length).clamp(max=255) for length in (9, 2, 6)]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    tokens, mask = torch.full((3, 9), 256), torch.zeros(3, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+    together = model.generate(tokens, attention_mask=mask, **options)[:, 9:]
+    alone = [model.generate(prompt[None], **options)[0, len(prompt) :] for prompt in prompts]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_packed_documents_are_not_kept_apart(exported: tuple[Path, Decoder]) -> None:
+    """As the model card warns; where this fails, the classes have learnt it and the card should say so."""
+    directory, decoder = exported
+    assert "do not pack several documents into a row" in (directory / "README.md").read_text()
+    if not any(family_of(block.mixer).name == "mamba2" for block in decoder.model.blocks.values() if block.mixer):
+        return
+    model, tokens = AutoModelForCausalLM.from_pretrained(directory), random_tokens(1, 20)
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    packed = model(tokens, position_ids=positions, use_cache=False).logits[0, 12:]
+    assert (packed - model(tokens[:, 12:]).logits[0]).abs().max() > 1e-3
+
+
 def test_it_trains(exported: tuple[Path, Decoder]) -> None:
     model, tokens = AutoModelForCausalLM.from_pretrained(exported[0]).train(), random_tokens(2, 40)
     tokens[0, 3] = 256

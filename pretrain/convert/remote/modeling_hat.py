@@ -17,11 +17,14 @@ from pretrain.models.modeling import NORMS, Projections, empty_parameter
 
 from .block_stack import BlockStack
 from .configuration_recurrent import RecurrentConfig
-from .modeling_recurrent import RecurrentForCausalLM, States, initial_carried, shared_modules
+from .modeling_recurrent import RecurrentForCausalLM, initial_carried, shared_modules
+from .recurrent_cache import States, document_starts
 
 
 class WordPooling(nn.Module):
     """A word's vector from its bytes, by softmax attention of one learned query."""
+
+    float32_parameters = ("query",)
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
@@ -108,6 +111,7 @@ class HATForCausalLM(RecurrentForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -119,7 +123,7 @@ class HATForCausalLM(RecurrentForCausalLM):
 
         Args:
             past_key_values, use_cache: None and not True.
-            word_starts: ``(batch, sequence)`` bool, where words start; a sequence begins with one, whatever it says.
+            word_starts: ``(batch, sequence)`` bool, where words start; a document begins with one, whatever it says.
                 None: as :meth:`find_word_starts` finds them, which ``input_ids`` are needed for.
 
         Raises:
@@ -134,7 +138,8 @@ class HATForCausalLM(RecurrentForCausalLM):
         if word_starts is None:
             if input_ids is None:
                 raise ValueError("words cannot be found in inputs_embeds; give word_starts, or input_ids instead")
-            word_starts = self.find_word_starts(input_ids, attention_mask)
+            starts = document_starts(position_ids, len(input_ids), options)
+            word_starts = self.find_word_starts(input_ids, attention_mask, starts)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and word_starts.shape != given.shape[:2]:
             raise ValueError(
@@ -144,6 +149,7 @@ class HATForCausalLM(RecurrentForCausalLM):
         return super().forward(
             input_ids,
             attention_mask,
+            position_ids,
             None,
             inputs_embeds,
             labels,
@@ -152,11 +158,13 @@ class HATForCausalLM(RecurrentForCausalLM):
             **options,
         )
 
-    def find_word_starts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def find_word_starts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_starts: Tensor | None = None
+    ) -> Tensor:
         """Where words start in ``(batch, sequence)`` ids, bool of the same shape.
 
-        A text ends where an id is no byte or ``attention_mask`` is 0. The last one of a sequence may end within a
-        character, which is then cut as the highest that begins so.
+        A text ends where an id is no byte, ``attention_mask`` is 0, or, by ``document_starts``, another document
+        begins. The last one of a sequence may end within a character, which is then cut as the highest that begins so.
 
         Raises:
             ImportError: ``hat-splitter`` is not installed.
@@ -174,17 +182,25 @@ class HATForCausalLM(RecurrentForCausalLM):
         if attention_mask is not None:
             is_byte = is_byte & attention_mask.bool()
         starts = torch.ones_like(is_byte)
-        for row, (ids, flags) in enumerate(zip(input_ids.tolist(), is_byte.tolist(), strict=True)):
-            # What stands between ids that are no bytes.
-            bounds = [-1, *(place for place, flag in enumerate(flags) if not flag), len(ids)]
-            for before, end in zip(bounds, bounds[1:], strict=False):
-                text = bytes(ids[before + 1 : end])
+        begins = torch.zeros_like(is_byte) if document_starts is None else document_starts
+        rows = zip(input_ids.tolist(), is_byte.tolist(), begins.tolist(), strict=True)
+        for row, (ids, flags, beginnings) in enumerate(rows):
+            # What stands between ids that are no bytes, within a document.
+            bounds = [(0, 0)]
+            for place, (flag, begins_here) in enumerate(zip(flags, beginnings, strict=True)):
+                if not flag:
+                    bounds.append((place, place + 1))
+                elif begins_here:
+                    bounds.append((place, place))
+            bounds.append((len(ids), len(ids)))
+            for (_, begin), (end, _) in zip(bounds, bounds[1:], strict=False):
+                text = bytes(ids[begin:end])
                 completed = text + rest_of_character(text) if end == len(ids) else text
                 found, place = torch.zeros(len(completed), dtype=torch.bool), 0
                 for length in word_lengths(completed, splitter, longest):
                     found[place] = True
                     place += length
-                starts[row, before + 1 : end] = found[: len(text)].to(starts.device)
+                starts[row, begin:end] = found[: len(text)].to(starts.device)
         return starts
 
     def _blocks(self, hidden: Tensor, states: States | None, word_starts: Tensor) -> tuple[list[Tensor], States]:

@@ -12,7 +12,8 @@ from pretrain.models.modeling import NORMS, empty_parameter
 
 from .block_stack import BlockStack, NamedStates
 from .configuration_recurrent import RecurrentConfig
-from .modeling_recurrent import RecurrentForCausalLM, States, initial_carried
+from .modeling_recurrent import RecurrentForCausalLM, initial_carried
+from .recurrent_cache import States
 
 
 class Router(nn.Module):
@@ -42,6 +43,8 @@ class Router(nn.Module):
 
 class Residual(nn.Module):
     """``W x`` in float32."""
+
+    float32_parameters = ("weight",)
 
     def __init__(self, hidden_size: int):
         super().__init__()

@@ -1,13 +1,14 @@
 """A decoder of recurrent and other mixers for ``transformers``, with the parameter names of its training.
 
 ``generate``, fine-tuning (a call with ``labels``) and ``save_pretrained`` work as for any causal language model. The
-states of the layers are the ``past_key_values``. Documents within a sequence are not kept apart.
+states of the layers are the ``past_key_values``. Documents packed into one sequence are kept apart where
+``position_ids`` begin anew with each.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,68 +17,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pretrain.models.modeling import NORMS, Carried, State
+from pretrain.models.modeling import NORMS, Carried, State, all_float32_parameters
 
 from .configuration_recurrent import RecurrentConfig
 from .mixers import CHANNELS, MIXERS
-
-States = list[State | None]
-
-
-@dataclass
-class RowGroup:
-    """Sequences of a batch that begin with equally many padding tokens.
-
-    Attributes:
-        rows: their indices in the batch.
-        padding: tokens before the first that counts.
-        states: of each layer after the tokens read so far; None before the first.
-    """
-
-    rows: Tensor
-    padding: int
-    states: States | None = None
-
-
-class RecurrentCache:
-    """What the layers carry from one call to the next; a call returns a new one and leaves the given one as it is.
-
-    Padding never enters a state: sequences with different padding are kept, and read, apart.
-    """
-
-    is_compileable = False
-
-    def __init__(self, groups: list[RowGroup], tokens: int = 0):
-        self.groups, self.tokens = groups, tokens
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, padding included."""
-        return self.tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence ``i`` becomes what sequence ``beam_idx[i]`` was."""
-        groups = []
-        for group in self.groups:
-            new_rows, members = (beam_idx.to(group.rows.device)[:, None] == group.rows).nonzero(as_tuple=True)
-            if len(new_rows):
-                states = None
-                if group.states is not None:
-                    states = [
-                        None if state is None else {name: tensor[members] for name, tensor in state.items()}
-                        for state in group.states
-                    ]
-                groups.append(RowGroup(new_rows, group.padding, states))
-        self.groups = groups
-
-
-def row_groups(attention_mask: Tensor | None, batch: int, device: torch.device) -> list[RowGroup]:
-    """A batch's sequences by the padding before them."""
-    if attention_mask is None:
-        return [RowGroup(torch.arange(batch, device=device), 0)]
-    padding = (attention_mask.cumsum(1) == 0).sum(1)
-    return [
-        RowGroup((padding == count).nonzero()[:, 0].to(device), int(count)) for count in padding.unique(sorted=True)
-    ]
+from .recurrent_cache import (
+    RecurrentCache,
+    RowGroup,
+    States,
+    check_mask,
+    document_starts,
+    row_groups,
+    split_documents,
+    states_of,
+)
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -161,6 +114,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         self.output_norm = NORMS[config.norm](config.embedding_size, config.norm_epsilon)
         self.head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self._make_further_modules()
+        # transformers searches names for these patterns.
+        self._keep_in_fp32_modules_strict = [f"^{re.escape(name)}$" for name in all_float32_parameters(self)]
         self.post_init()
 
     def _make_further_modules(self) -> None:
@@ -202,6 +157,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -217,6 +173,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds: exactly one of them.
             attention_mask: ``(batch, tokens so far)``, 0 for padding. Padding before a sequence is not read. Padding
                 after it is, which changes nothing before it; but then there is no state to go on from.
+            position_ids: ``(batch or 1, sequence)``. A document begins where they are 0, also within a sequence: it
+                is read as a sequence of its own. What else they say changes nothing.
             past_key_values: as returned by the call on the tokens before these.
             labels: ``(batch, sequence)``, -100 where nothing counts; shifted here.
             use_cache: whether to return states; by default the configuration's choice, in evaluation only.
@@ -227,12 +185,16 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
                 ``word_starts``, ``(batch, sequence)``. Others change nothing.
 
         Raises:
-            ValueError: not exactly one kind of input, or a cache beside padding after a sequence.
+            ValueError: not exactly one kind of input, a cache beside padding after a sequence, padding within one, or
+                documents that are told apart otherwise than by ``position_ids``.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = hidden.shape[:2]
+        starts = document_starts(position_ids, batch, options)
+        if attention_mask is not None:
+            check_mask(attention_mask)
         padded_after = attention_mask is not None and bool((attention_mask[:, -length:].diff(dim=1) < 0).any())
         if padded_after and (use_cache or past_key_values is not None):
             raise ValueError("a sequence that ends in padding has no state to go on from; pad on the left")
@@ -241,7 +203,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None:
             past_key_values = RecurrentCache(row_groups(attention_mask, batch, hidden.device))
 
-        per_block, cache = self._read(hidden, past_key_values, options.get("word_starts"))
+        per_block, cache = self._read(hidden, past_key_values, options.get("word_starts"), starts)
         hidden = self.output_norm(per_block[-1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.head(hidden if isinstance(kept, int) else hidden[:, kept]).float()
@@ -263,11 +225,18 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict or return_dict is None else output.to_tuple()
 
     def _read(
-        self, hidden: Tensor, cache: RecurrentCache, further: Tensor | None = None
+        self, hidden: Tensor, cache: RecurrentCache, further: Tensor | None = None, starts: Tensor | None = None
     ) -> tuple[list[Tensor], RecurrentCache]:
-        """The residual stream before the first block and after each, and the states after these tokens."""
+        """The residual stream before the first block and after each, and the states after these tokens.
+
+        ``further`` and ``starts`` are ``(batch, sequence)``: what :meth:`_blocks` is also given, and where documents
+        start.
+        """
         length = hidden.shape[1]
-        if len(cache.groups) == 1 and cache.groups[0].padding <= cache.tokens:
+        fresh = all(group.states is None for group in cache.groups)
+        if starts is not None and not starts[:, 1 if fresh else 0 :].any():
+            starts = None
+        if starts is None and len(cache.groups) == 1 and cache.groups[0].padding <= cache.tokens:
             group = cache.groups[0]
             per_block, states = self._blocks(hidden, group.states, *([] if further is None else [further]))
             return per_block, RecurrentCache([RowGroup(group.rows, group.padding, states)], cache.tokens + length)
@@ -275,13 +244,24 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         groups = []
         for group in cache.groups:
             skipped = min(max(group.padding - cache.tokens, 0), length)
-            states = group.states
-            if skipped < length:
-                given = [] if further is None else [further[group.rows, skipped:]]
-                found, states = self._blocks(hidden[group.rows, skipped:], states, *given)
-                for all_rows, rows in zip(per_block[1:], found[1:], strict=True):
-                    all_rows[group.rows, skipped:] = rows
-            groups.append(RowGroup(group.rows, group.padding, states))
+            if skipped == length:
+                groups.append(group)
+                continue
+            cut = torch.zeros(len(group.rows), length - skipped, dtype=torch.bool, device=hidden.device)
+            if starts is not None:
+                cut = starts[group.rows, skipped:]
+            for documents in split_documents(cut, group.states is not None):
+                rows, tokens = documents.places
+                places = group.rows[rows], tokens + skipped
+                states = states_of(group.states, documents.rows) if documents.goes_on else None
+                given = [] if further is None else [further[places]]
+                found, states = self._blocks(hidden[places], states, *given)
+                for all_rows, part in zip(per_block[1:], found[1:], strict=True):
+                    all_rows[places] = part
+                if documents.is_last.any():
+                    last = documents.is_last.nonzero()[:, 0]
+                    rows_of_last = group.rows[documents.rows[last]]
+                    groups.append(RowGroup(rows_of_last, group.padding, states_of(states, last)))
         return per_block, RecurrentCache(groups, cache.tokens + length)
 
     def _blocks(self, hidden: Tensor, states: States | None) -> tuple[list[Tensor], States]:

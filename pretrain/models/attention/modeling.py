@@ -32,6 +32,8 @@ def rotate(heads: Tensor, positions: Tensor, size: int, base: float) -> Tensor:
 class Attention(nn.Module):
     """Attention with grouped queries, rotary positions, a window, a norm of queries and keys, each where asked for."""
 
+    float32_parameters = ("query_norm_weight", "key_norm_weight")
+
     def __init__(
         self,
         hidden_size: int,

@@ -56,6 +56,13 @@ def state_space_dual(
 class Mamba2(nn.Module):
     """``output(group_norm((H q + skip x) * silu(z)))`` per head (Dao and Gu 2024, arXiv 2405.21060, section 7)."""
 
+    float32_parameters = (
+        *(f"{name}_convolution_{kind}" for name in CONVOLVED for kind in ("weight", "bias")),
+        "log_decay_rate",
+        "step_size_bias",
+        "skip",
+    )
+
     def __init__(
         self,
         hidden_size: int,

@@ -68,6 +68,8 @@ def mlstm_cell(
 class MLSTM(nn.Module):
     """``output(sigmoid(o) * layer_norm_per_head(cell))`` (xLSTM-7B, arXiv 2503.13427, section 3)."""
 
+    float32_parameters = ("input_gate_bias", "forget_gate_bias", "norm_weight")
+
     def __init__(
         self,
         hidden_size: int,

@@ -21,6 +21,15 @@ class MLSTMPreUp(nn.Module):
     ``x``; the gates are linear maps of all queries, keys and values.
     """
 
+    float32_parameters = (
+        "input_gate_bias",
+        "forget_gate_bias",
+        "convolution_weight",
+        "convolution_bias",
+        "norm_weight",
+        "skip",
+    )
+
     def __init__(
         self,
         hidden_size: int,

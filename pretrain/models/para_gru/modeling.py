@@ -19,6 +19,8 @@ class ElementwiseRecurrentBlock(nn.Module):
     ``u`` and ``z`` are two projections of the input. A subclass says what the cell does, channel by channel.
     """
 
+    float32_parameters: tuple[str, ...] = ("convolution_weight", "convolution_bias", "recurrent")
+
     def __init__(
         self,
         hidden_size: int,

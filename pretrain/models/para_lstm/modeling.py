@@ -14,6 +14,8 @@ from pretrain.models.para_gru.modeling import ElementwiseRecurrentBlock
 class ParaLSTM(ElementwiseRecurrentBlock):
     """LSTM with diagonal recurrent weights and peepholes (Danieli et al. 2025, arXiv 2510.21450)."""
 
+    float32_parameters = (*ElementwiseRecurrentBlock.float32_parameters, "peephole")
+
     def __init__(self, hidden_size: int, *, inner_size: int, **settings: Any):
         super().__init__(hidden_size, inner_size=inner_size, **settings)
         self.peephole = empty_parameter(2, inner_size)

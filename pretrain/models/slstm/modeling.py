@@ -48,6 +48,8 @@ def slstm_cell(gates: Tensor, recurrent: Tensor, bias: Tensor, state: State | No
 class SLSTM(nn.Module):
     """``layer_norm_per_head(cell)``; two of the gates see a convolution of the input (arXiv 2405.04517, figure 9)."""
 
+    float32_parameters = ("recurrent_weight", "bias", "norm_weight", "convolution_weight", "convolution_bias")
+
     def __init__(self, hidden_size: int, *, num_heads: int, convolution_width: int, norm_epsilon: float):
         super().__init__()
         self.convolution_width, self.norm_epsilon = convolution_width, norm_epsilon

@@ -14,6 +14,8 @@ ROUTER_CELL, ROUTER_STATE = "router_cell", "router_state"
 class RouterCell(nn.Module):
     """A GRU cell in PyTorch's convention (Cho et al. 2014, arXiv 1406.1078), gates in the order reset, update, new."""
 
+    float32_parameters = ("input_weight", "state_weight", "input_bias", "state_bias")
+
     def __init__(self, size: int):
         super().__init__()
         self.input_weight, self.state_weight = empty_parameter(3 * size, size), empty_parameter(3 * size, size)
@@ -31,6 +33,8 @@ class RouterCell(nn.Module):
 class LinearRouter(nn.Module):
     """Logits are one product with the hidden states."""
 
+    float32_parameters = ("weight",)
+
     def __init__(self, hidden_size: int, num_experts: int):
         super().__init__()
         self.weight = empty_parameter(num_experts, hidden_size)
@@ -42,6 +46,8 @@ class LinearRouter(nn.Module):
 
 class RecurrentRouter(nn.Module):
     """Logits are read from a state that goes from layer to layer (RMoE, arXiv 2408.06793)."""
+
+    float32_parameters = ("input_weight", "output_weight")
 
     def __init__(self, hidden_size: int, num_experts: int, size: int):
         super().__init__()
