@@ -135,9 +135,9 @@ def import_(
 ) -> None:
     """Make a checkpoint of a transformers model, to go on with by pretrain train OUT/config.yaml --resume OUT.
 
-    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM; from
-    safetensors alone, and nothing of the directory is executed. What config.json says and ours cannot express is
-    refused by name.
+    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM, and of
+    transformers LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; from safetensors alone, and
+    nothing of the directory is executed. What config.json says and ours cannot express is refused by name.
     """
     from pretrain.convert import import_model
 

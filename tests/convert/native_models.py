@@ -30,6 +30,7 @@ NEMOTRON = {
     "time_step_min": 1e-30,
 }
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+DENSE = {"num_hidden_layers": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "rope_parameters": ROPE}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlstm": (
         "xlstm",
@@ -71,6 +72,11 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama": ("llama", ATTENTION | DENSE | {"head_dim": 12, "tie_word_embeddings": True}),
+    "llama, biases": ("llama", ATTENTION | DENSE | {"attention_bias": True}),
+    "mistral": ("mistral", ATTENTION | DENSE | {"head_dim": 12, "sliding_window": 24}),
+    "qwen2": ("qwen2", ATTENTION | DENSE | {"use_sliding_window": False, "sliding_window": 24}),
+    "qwen3": ("qwen3", ATTENTION | DENSE | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 
 

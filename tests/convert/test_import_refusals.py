@@ -68,8 +68,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no object": ("mamba2", lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
     "another class": (
         "mamba2",
-        lambda d: change_config(d, architectures=["LlamaForCausalLM"]),
-        'architecture "LlamaForCausalLM", where one of xLSTMForCausalLM, .* can be imported',
+        lambda d: change_config(d, architectures=["GemmaForCausalLM"]),
+        'architecture "GemmaForCausalLM", where one of xLSTMForCausalLM, .* can be imported',
     ),
     "another type": ("mamba2", lambda d: change_config(d, model_type="bamba"), 'model_type is "bamba", but'),
     "unknown field": ("bamba", lambda d: change_config(d, logit_bias=3), "logit_bias=3: BambaForCausalLM has no such"),
@@ -88,6 +88,28 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
             d, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ),
         "rope_parameters is ",
+    ),
+    "scaled positions of llama3": (
+        "llama",
+        lambda d: change_config(
+            d,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            rope_theta=500.0,
+            rope_parameters=...,
+        ),
+        "rope_parameters is .*llama3.*, where only .*default.* that are scaled, .* are not supported",
+    ),
+    "biases of a feed-forward network": ("llama", lambda d: change_config(d, mlp_bias=True), "mlp_bias is true, where"),
+    "windows in some layers": (
+        "qwen2",
+        lambda d: change_config(d, use_sliding_window=True, max_window_layers=1, layer_types=...),
+        "use_sliding_window is true, where only false",
     ),
     "rotated part": ("bamba", lambda d: change_config(d, partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
     "activation": ("nemotron", lambda d: change_config(d, mlp_hidden_act="tanh"), "mlp_hidden_act is 'tanh'"),

@@ -32,11 +32,16 @@ class AttentionConfig(MixerConfig):
     softmax_scale: float | None = Field(None, gt=0, description="factor of the scores; null: head_size ** -0.5")
     query_key_norm: bool = Field(False, description="RMS norm with a weight over each head's query and key")
     norm_epsilon: float = Field(1e-6, gt=0, description="epsilon of that norm")
-    bias: bool = Field(False, description="biases of all four projections")
+    bias: bool = Field(False, description="biases of queries, keys and values")
+    output_bias: bool | None = Field(None, description="bias of the output projection; null: as bias")
 
     @property
     def key_value_heads(self) -> int:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def has_output_bias(self) -> bool:
+        return self.bias if self.output_bias is None else self.output_bias
 
     def size_of_head(self, hidden_size: int) -> int:
         """Channels per head."""
@@ -86,6 +91,8 @@ class AttentionConfig(MixerConfig):
             ),
             cls(num_heads=6, num_key_value_heads=3, head_size=5, rotary_fraction=0.0, softmax_scale=0.7),
             cls(num_heads=2, sliding_window=8),
+            cls(num_heads=4, num_key_value_heads=2, bias=True, output_bias=False),
+            cls(num_heads=2, head_size=6, query_key_norm=True),
         ]
 
 

@@ -46,6 +46,7 @@ class Attention(nn.Module):
         query_key_norm: bool,
         norm_epsilon: float,
         bias: bool,
+        output_bias: bool,
     ):
         super().__init__()
         self.head_size, self.rotary_size, self.rotary_base = head_size, rotary_size, rotary_base
@@ -54,8 +55,9 @@ class Attention(nn.Module):
         sizes = {name: count * head_size for name, count in counts.items()}
         self.projections = Projections(hidden_size, sizes)
         self.output = nn.Linear(num_heads * head_size, hidden_size, bias=False)
-        for name, size in (sizes | {"output": hidden_size}).items():
+        for name, size in sizes.items():
             self.register_parameter(f"{name}_bias", empty_parameter(size) if bias else None)
+        self.register_parameter("output_bias", empty_parameter(hidden_size) if output_bias else None)
         for name in NAMES[:2]:
             self.register_parameter(f"{name}_norm_weight", empty_parameter(head_size) if query_key_norm else None)
 
