@@ -135,13 +135,47 @@ def import_(
 ) -> None:
     """Make a checkpoint of a transformers model, to go on with by pretrain train OUT/config.yaml --resume OUT.
 
-    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM, and of
-    transformers LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; from safetensors alone, and
-    nothing of the directory is executed. What config.json says and ours cannot express is refused by name.
+    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM,
+    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; from safetensors alone, and nothing of the
+    directory is executed. What config.json says and ours cannot express is refused by name.
     """
     from pretrain.convert import import_model
 
     typer.echo(str(import_model(directory, output, base=base, check=check, tolerance=tolerance)))
+
+
+@app.command("replace-layers")
+def replace_layers(
+    source: RunOrCheckpoint,
+    output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")],
+    layers: Annotated[str, typer.Option(help="attention layers, counted from 0, with commas between")],
+    mixer: Annotated[str, typer.Option("--with", help="mamba2 or mlstm")] = "mamba2",
+    base: Annotated[
+        Path | None, typer.Option("--config", help="YAML of all but the model; without it that of the source's run")
+    ] = None,
+) -> None:
+    """Make a student: attention layers become recurrent ones that begin with attention's weights, all else is copied.
+
+    OUT is a checkpoint of step 0 and config.yaml, in which the source is the teacher: pretrain train OUT/config.yaml
+    --resume OUT.
+    """
+    from pretrain.distill.replacing import parse_layers
+    from pretrain.distill.replacing import replace_layers as replace
+
+    typer.echo(str(replace(source, output, parse_layers(layers), mixer, base=base)))
+
+
+@app.command("rank-layers")
+def rank_layers(
+    source: RunOrCheckpoint,
+    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """How much each attention layer matters: loss and divergence on held-out text where it is left out, least first."""
+    from pretrain.distill.ranking import rank_layers as rank
+
+    ranking = rank(source, samples)
+    typer.echo(json.dumps(ranking.to_dict(), indent=2) if as_json else ranking.to_text())
 
 
 @app.command()

@@ -223,7 +223,7 @@ def test_output_base_and_tokenizer_are_looked_at_first(
         import_model(directory, tmp_path / "imported")
     raw = yaml.safe_load(base.read_text())
     base.write_text(yaml.safe_dump(raw | {"model": {"vocab_size": 3}}))
-    with pytest.raises(InputError, match="has a model section, but the model is that of the directory"):
+    with pytest.raises(InputError, match="has a model section, but the model is that of the weights"):
         import_model(directory, tmp_path / "imported", base=base)
     base.write_text(yaml.safe_dump(raw | {"parallel": {"tensor": 3}}))
     with pytest.raises(InputError, match=r"config.json with .*base.yaml: .*parallel.tensor=3"):
