@@ -69,13 +69,21 @@ def open_teacher(config: Config) -> Teacher:
         raw = reader.state.get("config")
         if not isinstance(raw, dict):
             raise InputError(f"{key}: its state holds no run configuration under 'config'")
-        model = parse_config(raw, f"{key}: configuration in {reader.path}").model
-        problem = _problem(model, config)
+        taught = parse_config(raw, f"{key}: configuration in {reader.path}")
+        model = taught.model
+        problem = _tokenizer_problem(taught, config) or _problem(model, config)
         if problem:
             raise InputError(f"{key}: {problem}")
         decoder = build_decoder(model, megatron_config(config.model_copy(update={"model": model})))
         read_weights(decoder, reader)
     return Teacher(decoder)
+
+
+def _tokenizer_problem(teacher: Config, config: Config) -> str | None:
+    theirs, ours = teacher.data.tokenizer.type, config.data.tokenizer.type
+    if theirs == ours:
+        return None
+    return f"reads tokens of type {theirs}, but data.tokenizer.type is {ours}; both must read the same tokens"
 
 
 def _problem(teacher: ModelConfig, config: Config) -> str | None:

@@ -33,7 +33,9 @@ def test_it_is_torchs_with_its_gradient(temperature: float, reverse: bool) -> No
 def test_rows_behind_the_vocabulary_count_for_nothing() -> None:
     build_topology(tiny_config())
     student, teacher = torch.randn(2, 3, 1, 9)
-    padded = [torch.cat([logits, torch.full((3, 1, 2), -torch.inf)], -1).requires_grad_() for logits in (student, teacher)]
+    padded = [
+        torch.cat([logits, torch.full((3, 1, 2), -torch.inf)], -1).requires_grad_() for logits in (student, teacher)
+    ]
     found = divergence(*padded)
     torch.testing.assert_close(found, divergence(student, teacher))
     found.sum().backward()

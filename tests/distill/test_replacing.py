@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, silu
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
 from pretrain.cli import app
 from pretrain.config import load_config
+from pretrain.convert import import_model
 from pretrain.distill.replacing import parse_layers, replace_layers
 from pretrain.errors import InputError
 from pretrain.models.attention.config import AttentionConfig
@@ -22,7 +24,9 @@ from pretrain.models.loading import load_decoder
 from pretrain.models.registry import sequence_mixers
 from tests.conformance.tools import alone, call, context_of
 from tests.convert.checkpoints import random_tokens
+from tests.convert.native_models import add_tokenizer, random_model
 from tests.distill.models import write_student, write_teacher
+from tests.runs import raw_config
 
 WIDTH, LENGTH = 32, 19
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -116,7 +120,11 @@ def test_it_begins_as_attention_without_softmax(mixer: str, kind: str, memory: b
 @pytest.mark.parametrize(
     ("mixer", "keys", "message"),
     [
-        ("mlstm", {"bias": True, "output_bias": False}, "layer 1: mlstm has no biases of queries, keys, values or output"),
+        (
+            "mlstm",
+            {"bias": True, "output_bias": False},
+            "layer 1: mlstm has no biases of queries, keys, values or output",
+        ),
         ("mamba2", {"bias": True}, "layer 1: mamba2 has no bias of its output"),
         ("slstm", {}, "--with slstm: no layer of it is made from attention; take one of mamba2, mlstm"),
     ],
@@ -131,7 +139,10 @@ def test_what_cannot_be_replaced_is_said(mixer: str, keys: dict[str, Any], messa
 @pytest.mark.parametrize("mixer", ["mamba2", "mlstm"])
 def test_all_else_is_copied_bit_for_bit(mixer: str, tmp_path: Path) -> None:
     teacher, student = write_student(tmp_path, mixer)
-    with CheckpointReader(resolve_checkpoint(teacher)) as before, CheckpointReader(resolve_checkpoint(student)) as after:
+    with (
+        CheckpointReader(resolve_checkpoint(teacher)) as before,
+        CheckpointReader(resolve_checkpoint(student)) as after,
+    ):
         after.verify()
         kept = {name for name in before.names() if not name.startswith("layers.1.mixer.")}
         assert kept == {name for name in after.names() if not name.startswith("layers.1.mixer.")}
@@ -151,6 +162,26 @@ def test_all_else_is_copied_bit_for_bit(mixer: str, tmp_path: Path) -> None:
     assert logits.isfinite().all() and logits.std() > 0.5
     with pytest.raises(InputError, match=f"layer 1 has {mixer}, not attention; layers with attention: 0, 2"):
         replace_layers(student, tmp_path / "again", [1], mixer)
+
+
+def test_a_student_of_an_imported_model(tmp_path: Path) -> None:
+    random_model("llama").save_pretrained(tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", {"eos_token": "<|end|>"})
+    import_model(tmp_path / "hf", tmp_path / "teacher", check=False)
+    report = replace_layers(tmp_path / "teacher", tmp_path / "student", [0], "mlstm")
+    assert not report.chosen and "choose what stands as ???" in str(report)
+    with pytest.raises(InputError, match=r"data.sequence_length, data.source, .* must still be chosen"):
+        load_config(tmp_path / "student" / "config.yaml")
+    text = (tmp_path / "student" / "config.yaml").read_text()
+    assert str(tmp_path / "teacher" / "step-00000000") in text and str(tmp_path / "teacher" / "tokenizer.json") in text
+    raw = raw_config(tmp_path, distillation={"teacher": "another", "logits": {"temperature": 2.0}})
+    del raw["model"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(raw))
+    report = replace_layers(tmp_path / "teacher", tmp_path / "chosen", [0, 1], "mamba2", base=tmp_path / "base.yaml")
+    config = load_config(tmp_path / "chosen" / "config.yaml")
+    assert report.chosen and config.train.steps == 12 and config.distillation.logits.temperature == 2.0
+    assert config.distillation.teacher == str(tmp_path / "teacher" / "step-00000000")
+    assert {config.model.block(layer).mixer.type for layer in range(2)} == {"mamba2"}
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -63,9 +63,7 @@ def test_the_loss_is_its_definition(directories: tuple[Path, Path], relative: bo
     layers = ["0", "1", "2"]
     for directory, learns in zip(directories, (False, True), strict=True):
         decoder = load_decoder(directory).decoder.requires_grad_(learns)
-        found_logits, found_outputs = decoder.logits_and_outputs(
-            batch.tokens, Documents(batch.document_starts), layers
-        )
+        found_logits, found_outputs = decoder.logits_and_outputs(batch.tokens, Documents(batch.document_starts), layers)
         logits.append(found_logits)
         outputs.append(found_outputs)
     teacher, student = logits
@@ -83,6 +81,15 @@ def test_the_loss_is_its_definition(directories: tuple[Path, Path], relative: bo
     assert own.keys() == found.keys()
     for name, gradient in own.items():
         torch.testing.assert_close(found[name], gradient, atol=2e-5 * gradient.abs().max().item() + 1e-7, rtol=0)
+
+
+def test_recomputed_blocks_have_the_same_gradients(directories: tuple[Path, Path]) -> None:
+    given = sections(directories)
+    loss, expected = gradients(given, str(directories[1]))
+    again, found = gradients(given | {"train": {"recompute": "block"}}, str(directories[1]))
+    assert again == loss and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6 * gradient.abs().max().item(), rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,9 @@ def test_every_layout_takes_the_same_steps(
 def test_only_replaced_layers_learn(one_process: Callable[[str], dict[str, Any]]) -> None:
     changed = one_process("replaced")["changed"]
     learns = {
-        name for name in one_process("replaced")["weights"] if name.startswith(("layers.1.mixer.", "layers.1.mixer_norm."))
+        name
+        for name in one_process("replaced")["weights"]
+        if name.startswith(("layers.1.mixer.", "layers.1.mixer_norm."))
     }
     assert changed == learns and len(learns) > 10
     assert one_process("everything")["changed"] == one_process("everything")["weights"].keys()
@@ -150,12 +159,16 @@ def test_only_replaced_layers_learn(one_process: Callable[[str], dict[str, Any]]
         ({"model": {"vocab_size": 272}}, "has vocab_size=264, but model.vocab_size is 272"),
         ({"model": {"num_layers": 6, "layers": ["attention"]}}, "has num_layers=3, but the student has 6"),
         ({"model": attention_model()}, "has the student's mixers in every layer"),
+        (
+            {"data": {"tokenizer": {"type": "hierarchical_bytes"}}},
+            "reads tokens of type bytes, but data.tokenizer.type",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit(change: dict[str, Any], message: str, directories: tuple[Path, Path]) -> None:
     given = sections(directories, train_only="replaced")
     for name, section in change.items():
-        given[name] = given[name] | section
+        given[name] = given.get(name, {}) | section
     with pytest.raises(InputError, match=message):
         raise InputError(refusal(given))
 
