@@ -36,7 +36,7 @@ def _dense(model_type: str, architecture: str, *unread: str) -> NativeClass:
         fields=_fields,
         former=frozenset({"rope_scaling", "rope_theta"}),
         cures={
-            "rope_parameters": "rotary positions that are scaled, as rope_type llama3 or yarn, are not supported",
+            "rope_parameters": "of scaled rotary positions only rope_type llama3 is supported",
             "use_sliding_window": "of this class only models that see the whole text in every layer",
         },
         unread=frozenset(unread),

@@ -89,21 +89,15 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         ),
         "rope_parameters is ",
     ),
-    "scaled positions of llama3": (
+    "scaled positions of yarn": (
         "llama",
         lambda d: change_config(
             d,
-            rope_scaling={
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
             rope_theta=500.0,
             rope_parameters=...,
         ),
-        "rope_parameters is .*llama3.*, where only .*default.* that are scaled, .* are not supported",
+        "rope_parameters is .*yarn.*, where only .*default.* can be imported .*only rope_type llama3 is supported",
     ),
     "biases of a feed-forward network": ("llama", lambda d: change_config(d, mlp_bias=True), "mlp_bias is true, where"),
     "windows in some layers": (

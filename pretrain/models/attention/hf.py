@@ -90,7 +90,18 @@ def _nemotron_fields(config: AttentionConfig, hidden_size: int) -> dict[str, obj
     return _common_fields(config, hidden_size)
 
 
+# Our keys of scaled wavelengths -> those of the classes.
+_SCALING = {
+    "factor": "factor",
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}
+
+
 def _rope(config: AttentionConfig) -> dict[str, object]:
+    if config.rotary_scaling is not None:
+        raise InputError("has no scaled rotary positions")
     return {"rope_type": "default", "rope_theta": config.rotary_base}
 
 
@@ -117,7 +128,15 @@ def _rotated_whole(config: AttentionConfig, hidden_size: int) -> dict[str, objec
     _check_scale(config, hidden_size)
     if config.rotary_size(hidden_size) != config.size_of_head(hidden_size):
         raise InputError("has no attention but with rotary positions in all of each head")
-    return {"rope_parameters": _rope(config)}
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return {"rope_parameters": _rope(config)}
+    scaled = {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}
+    return {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": config.rotary_base, **scaled},
+        # Of no effect, but the class asks for more than the original context.
+        "max_position_embeddings": int(scaling.factor * scaling.original_context),
+    }
 
 
 def _llama_fields(config: AttentionConfig, hidden_size: int) -> dict[str, object]:
@@ -142,7 +161,8 @@ def _qwen2_fields(config: AttentionConfig, hidden_size: int) -> dict[str, object
         config.model_copy(update={"output_bias": True}), hidden_size
     )
     heads = {name: fields[name] for name in _HEAD_FIELDS.values()}
-    return heads | {"rope_parameters": fields["rope_parameters"], "use_sliding_window": False}
+    kept = {name: fields[name] for name in ("rope_parameters", "max_position_embeddings") if name in fields}
+    return heads | kept | {"use_sliding_window": False}
 
 
 def _qwen3_fields(config: AttentionConfig, hidden_size: int) -> dict[str, object]:
@@ -168,7 +188,13 @@ def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
     rope = fields["rope_parameters"]
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         raise InputError(f"rope_parameters is {rope!r}, where rope_theta is expected")
-    return {"rotary_base": rope["rope_theta"], "rotary_fraction": rope.get("partial_rotary_factor", 1.0)}
+    section = {"rotary_base": rope["rope_theta"], "rotary_fraction": rope.get("partial_rotary_factor", 1.0)}
+    if rope.get("rope_type") == "llama3":
+        missing = [theirs for theirs in _SCALING.values() if theirs not in rope]
+        if missing:
+            raise InputError(f"rope_parameters is {rope!r}, where {', '.join(missing)} is expected too")
+        section["rotary_scaling"] = {ours: rope[theirs] for ours, theirs in _SCALING.items()}
+    return section
 
 
 def _rotary_section(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,4 +244,5 @@ def settings(config: AttentionConfig, hidden_size: int) -> dict[str, object]:
         "norm_epsilon": config.norm_epsilon,
         "bias": config.bias,
         "output_bias": config.has_output_bias,
+        "rotary_scaling": None if config.rotary_scaling is None else config.rotary_scaling.model_dump(),
     }

@@ -171,7 +171,7 @@ class Attention(SequenceMixer):
             state = {"position": length_before()}
         positions = positions_of(state, documents, length, hidden.device)
         if self.rotary_size:
-            cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base)
+            cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base, self.config.rotary_scaling)
             key = rotate(key, cosines, sines)
 
         if segments is not None:
