@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_launch, cli_tokenizer
+from pretrain import cli_data, cli_distill, cli_launch, cli_tokenizer
+from pretrain.cli_arguments import RunOrCheckpoint
 from pretrain.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -47,13 +48,12 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_tokenizer.app, name="tokenizer")
 app.command("launch")(cli_launch.launch)
+app.command("rank-layers")(cli_distill.rank_layers)
+app.command("replace-layers")(cli_distill.replace_layers)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, for instance train.steps=100", metavar="[KEY=VALUE]...")
-]
-RunOrCheckpoint = Annotated[
-    Path, typer.Argument(help="run directory (its newest checkpoint) or one checkpoint", metavar="RUN_OR_CHECKPOINT")
 ]
 
 
@@ -142,40 +142,6 @@ def import_(
     from pretrain.convert import import_model
 
     typer.echo(str(import_model(directory, output, base=base, check=check, tolerance=tolerance)))
-
-
-@app.command("replace-layers")
-def replace_layers(
-    source: RunOrCheckpoint,
-    output: Annotated[Path, typer.Argument(help="new directory", metavar="OUT")],
-    layers: Annotated[str, typer.Option(help="attention layers, counted from 0, with commas between")],
-    mixer: Annotated[str, typer.Option("--with", help="mamba2 or mlstm")] = "mamba2",
-    base: Annotated[
-        Path | None, typer.Option("--config", help="YAML of all but the model; without it that of the source's run")
-    ] = None,
-) -> None:
-    """Make a student: attention layers become recurrent ones that begin with attention's weights, all else is copied.
-
-    OUT is a checkpoint of step 0 and config.yaml, in which the source is the teacher: pretrain train OUT/config.yaml
-    --resume OUT.
-    """
-    from pretrain.distill.replacing import parse_layers
-    from pretrain.distill.replacing import replace_layers as replace
-
-    typer.echo(str(replace(source, output, parse_layers(layers), mixer, base=base)))
-
-
-@app.command("rank-layers")
-def rank_layers(
-    source: RunOrCheckpoint,
-    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """How much each attention layer matters: loss and divergence on held-out text where it is left out, least first."""
-    from pretrain.distill.ranking import rank_layers as rank
-
-    ranking = rank(source, samples)
-    typer.echo(json.dumps(ranking.to_dict(), indent=2) if as_json else ranking.to_text())
 
 
 @app.command()

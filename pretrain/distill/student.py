@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -17,6 +15,7 @@ from pretrain.config.schema import Config, ModelConfig
 from pretrain.distill.divergence import divergence
 from pretrain.distill.teacher import Lesson, Teacher, open_teacher
 from pretrain.errors import InputError
+from pretrain.models.carried import with_auxiliary_loss
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
 from pretrain.models.mixer import Documents
 from pretrain.parallel.agreement import on_every_rank
@@ -26,18 +25,6 @@ from pretrain.parallel.topology import megatron_config
 DIVERGENCE = "distillation/divergence"
 LAYER_OUTPUTS = "distillation/layer_outputs"
 LOSS = "distillation/loss"
-
-
-class _TrainsAs(torch.autograd.Function):
-    """Is the first loss, and has the gradient of the second alone."""
-
-    @staticmethod
-    def forward(ctx: Any, shown: Tensor, trained: Tensor) -> Tensor:
-        return shown.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
 
 
 def output_errors(student: Tensor, teacher: Tensor, relative: bool) -> Tensor:
@@ -108,7 +95,7 @@ class Student(Decoder):
         self._add(LOSS, cross_entropy)
         if settings.labels.weight > 0:
             trained = trained + settings.labels.weight * cross_entropy
-        return _TrainsAs.apply(cross_entropy.detach(), trained)
+        return with_auxiliary_loss(cross_entropy.detach(), trained)
 
     def _own_positions(self, counts: Tensor) -> Tensor:
         """Of ``(sequence, batch)`` flags those of this rank's part of the sequence."""
