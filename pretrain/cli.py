@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_launch, cli_tokenizer
+from pretrain import cli_data, cli_distill, cli_launch, cli_tokenizer
+from pretrain.cli_arguments import RunOrCheckpoint
 from pretrain.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -47,13 +48,12 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_tokenizer.app, name="tokenizer")
 app.command("launch")(cli_launch.launch)
+app.command("rank-layers")(cli_distill.rank_layers)
+app.command("replace-layers")(cli_distill.replace_layers)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, for instance train.steps=100", metavar="[KEY=VALUE]...")
-]
-RunOrCheckpoint = Annotated[
-    Path, typer.Argument(help="run directory (its newest checkpoint) or one checkpoint", metavar="RUN_OR_CHECKPOINT")
 ]
 
 
@@ -148,9 +148,9 @@ def import_(
 ) -> None:
     """Make a checkpoint of a transformers model, to go on with by pretrain train OUT/config.yaml --resume OUT.
 
-    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM; from
-    safetensors alone, and nothing of the directory is executed. What config.json says and ours cannot express is
-    refused by name.
+    xLSTMForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, BambaForCausalLM, GraniteMoeHybridForCausalLM,
+    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; from safetensors alone, and nothing of the
+    directory is executed. What config.json says and ours cannot express is refused by name.
     """
     from pretrain.convert import import_model
 

@@ -1,4 +1,4 @@
-"""Arguments of the commands that read a configuration for its data section."""
+"""Arguments that commands of several modules have; configurations are read for their data section."""
 
 from __future__ import annotations
 
@@ -13,4 +13,7 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted overrides, for instance data.source.path=texts", metavar="[KEY=VALUE]..."),
+]
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="run directory (its newest checkpoint) or one checkpoint", metavar="RUN_OR_CHECKPOINT")
 ]

@@ -258,7 +258,7 @@ class Trainer:
         position.tokens += tokens
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
-        further = self._mixer_metrics() | self._source_metrics()
+        further = self._mixer_metrics() | self._source_metrics() | self.engine.decoder.take_loss_terms(loss.labels)
         length = micro_batches[0].tokens.shape[1]
         self.saver.tell_what_ended()
         self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, length, further)

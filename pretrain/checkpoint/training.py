@@ -136,8 +136,19 @@ def restore_random_state(reader: CheckpointReader) -> None:
 
 
 def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """This rank's slices of AdamW's moments, one parameter after another."""
+    """This rank's slices of AdamW's moments, one trained parameter after another.
+
+    Of a parameter that was not trained so far they are zeros, as at the beginning.
+    """
+    stored = set(reader.names(MOMENTS[0]))
+    # A checkpoint without any is no such case, and refused below.
+    trained = stored.intersection(engine.parameters)
     for name, parameter in engine.parameters.items():
+        if not parameter.requires_grad:
+            continue
+        if trained and name not in stored:
+            yield name, {kind: torch.zeros(engine.shapes[name]) for kind in MOMENTS}
+            continue
         dimension, shape = parameter.spec.shard_dimension, engine.shapes[name]
         moments = {}
         for kind in MOMENTS:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from data.config import DataConfig, HierarchicalBytesTokenizer
 from pretrain.config.carried_states import carried_states_problem
+from pretrain.config.distillation import DistillationConfig, distillation_problem
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
 from pretrain.models.registry import (
@@ -298,11 +299,12 @@ class Config(StrictModel):
     train: TrainConfig
     wandb: WandbConfig | None = None
     launch: LaunchConfig | None = None
+    distillation: DistillationConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problem = layout_problem(self) or _words_problem(self) or _batch_problem(self) or _schedule_problem(self)
-        problem = problem or carried_states_problem(self)
+        problem = problem or carried_states_problem(self) or distillation_problem(self)
         if problem:
             raise ValueError(problem)
         return self

@@ -38,7 +38,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _UNCHOSEN = "???"
 # What only the user can say. The checkpoint itself needs some value for each, as every run's does; nothing that is done
 # with a checkpoint looks at them but ``evaluate``, which then reads Python's own standard library.
-_TO_CHOOSE: dict[str, dict[str, Any]] = {
+TO_CHOOSE: dict[str, dict[str, Any]] = {
     "data": {"source": {"type": "standard_library"}, "sequence_length": 2048},
     "optimizer": {"learning_rate": 1e-4},
     "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
@@ -126,7 +126,7 @@ def import_model(
     output = output.resolve()
     files = WeightFiles(directory)
     there = read_class_configuration(directory, len(files.tensors))
-    given = None if base is None else _read_base(base)
+    given = None if base is None else read_base(base)
     if given is not None and "tokenizer" in _section(given, "data"):
         tokenizer, about_tokenizer = None, f"data.tokenizer is that of {base}"
     else:
@@ -145,7 +145,7 @@ def import_model(
         files.close()
         if tokenizer is not None:
             write_durably(unfinished / TOKENIZER_FILE, (directory / TOKENIZER_FILE).read_text(encoding="utf-8"))
-        write_durably(unfinished / CONFIG_FILE, _config_text(config, given is not None, output))
+        write_durably(unfinished / CONFIG_FILE, config_text(config, given is not None, output))
         if check:
             comparison = _compare(unfinished, directory, there, tolerance)
     return ImportReport(
@@ -160,11 +160,16 @@ def import_model(
     )
 
 
-def _read_base(base: Path) -> dict[str, Any]:
+def read_base(base: Path) -> dict[str, Any]:
+    """A configuration without a model section, not yet validated.
+
+    Raises:
+        InputError: it cannot be read, or has one.
+    """
     raw = read_merged(base)
     if "model" in raw:
         raise InputError(
-            f"{base}: has a model section, but the model is that of the directory that is imported; take the section, "
+            f"{base}: has a model section, but the model is that of the weights; take the section, "
             f"or the file under 'base' that has it, out"
         )
     return raw
@@ -183,7 +188,7 @@ def _configuration(
     output: Path,
 ) -> Config:
     """The run that goes on with the model; with some value for all that is still open where ``given`` is None."""
-    raw = copy.deepcopy(_TO_CHOOSE) if given is None else given
+    raw = copy.deepcopy(TO_CHOOSE) if given is None else given
     raw.setdefault("run", {"directory": f"runs/{output.name}"})
     if tokenizer is not None:
         raw["data"] = _section(raw, "data") | {"tokenizer": tokenizer.model_dump()}
@@ -191,13 +196,14 @@ def _configuration(
     return parse_config(raw, str(there.path) if base is None else f"{there.path} with {base}")
 
 
-def _config_text(config: Config, chosen: bool, output: Path) -> str:
+def config_text(config: Config, chosen: bool, output: Path) -> str:
+    """``config.yaml`` beside the weights in ``output``; what is not ``chosen`` yet stands as ``???``."""
     header = _HEADER.format(config=output / CONFIG_FILE, output=output)
     if chosen:
         return "".join(header.splitlines(keepends=True)[:2]) + dump_config(config)
     raw = config.model_dump(mode="json")
-    shown = {name: raw[name] for name in ("run", "model")}
-    shown |= {name: dict.fromkeys(keys, _UNCHOSEN) for name, keys in _TO_CHOOSE.items()}
+    shown = {name: raw[name] for name in ("run", "model", "distillation") if raw[name] is not None}
+    shown |= {name: dict.fromkeys(keys, _UNCHOSEN) for name, keys in TO_CHOOSE.items()}
     shown["data"]["tokenizer"] = raw["data"]["tokenizer"]
     return header + yaml.safe_dump(shown, sort_keys=False)
 

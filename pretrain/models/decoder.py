@@ -191,6 +191,32 @@ class Decoder(nn.Module):
             found[name] = (combined, len(values[name])) if reduction == "mean" else combined
         return found
 
+    def logits_and_outputs(
+        self, tokens: Tensor, documents: Documents, layers: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of sequences that begin here, and the residual stream behind some layers, of one pipeline stage.
+
+        Args:
+            tokens: ``(batch, sequence)`` int64.
+            layers: indices in the whole model, as text.
+
+        Returns:
+            This rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)`` float32; and by layer
+            ``(sequence, batch, hidden_size)``, under sequence parallelism this rank's part of the sequence.
+        """
+        hidden = self._embed(tokens)
+        outputs: dict[str, Tensor] = dict.fromkeys(layers)
+        carried = initial_carried(hidden, self.carried_channels)
+        hidden, _, _ = self._blocks(hidden, carried, None, documents, keep_states=False, outputs=outputs)
+        return self._head(hidden), outputs
+
+    def take_loss_terms(self, labels: int) -> dict[str, float]:
+        """Terms of the loss beside the labels' cross-entropy, each a mean over ``labels`` of a global batch.
+
+        Every rank calls it after each training step; none, unless a subclass adds some.
+        """
+        return {}
+
     @property
     def packed_channels(self) -> int:
         """Channels behind the hidden states' own of the tensor that one pipeline stage sends to the next."""
@@ -226,7 +252,9 @@ class Decoder(nn.Module):
         states: dict[str, State] | None,
         documents: Documents | None,
         keep_states: bool,
+        outputs: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Carried, dict[str, State]]:
+        """All layers of this stage; ``outputs``, where given, takes the residual stream behind each of its keys."""
         final = {}
         for layer, block in self.layers.items():
             state = None if states is None else states.get(layer)
@@ -244,6 +272,8 @@ class Decoder(nn.Module):
                 hidden = self.chain.send_state(block.mixer, hidden, state)
             if keep_states and state is not None:
                 final[layer] = state
+            if outputs is not None and layer in outputs:
+                outputs[layer] = hidden
         return hidden, carried, final
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -8,6 +8,8 @@ A mixer is one folder with
 * ``mixer.py``: ``MIXER``, the module class, a subclass of :class:`pretrain.models.mixer.SequenceMixer` or
   :class:`pretrain.models.mixer.ChannelMixer`;
 * ``hf.py``: how its parameters are named in the Hugging Face form.
+* ``from_attention.py``, where there is one: how a layer of it takes the place of an attention layer, see
+  :attr:`MixerFamily.from_attention`.
 
 Adding a folder registers it; nothing else names it. This module imports no torch, so that a login node can
 read and check configurations.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -292,6 +295,19 @@ class MixerFamily:
     @functools.cached_property
     def hugging_face(self) -> ModuleType:
         return importlib.import_module(f"{self.package}.hf")
+
+    @functools.cached_property
+    def from_attention(self) -> ModuleType | None:
+        """How a layer of this mixer is made from one of attention; None where nothing says so. Imports torch.
+
+        * ``section(attention, hidden_size)``: the section of our configuration of a layer with the same heads, or
+          :class:`pretrain.errors.InputError` where no layer of this mixer can stand for such attention.
+        * ``weights(attention, config, hidden_size, source)``: all parameters of that layer, by name within the mixer,
+          from those of the attention layer; both whole and float32.
+        """
+        if importlib.util.find_spec(f"{self.package}.from_attention") is None:
+            return None
+        return importlib.import_module(f"{self.package}.from_attention")
 
 
 @dataclass(frozen=True)

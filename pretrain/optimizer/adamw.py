@@ -29,7 +29,7 @@ class BoundedAdamW(torch.optim.AdamW):
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with one group per weight decay, bound and learning rate,
-    experts apart.
+    experts apart; parameters that take no gradient are in none.
 
     Engines multiply the run's learning rate by each group's ``learning_rate_factor``. Weight decay is multiplied by
     the learning rate, and so by that factor too.
@@ -38,6 +38,8 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> BoundedAdamW:
     """
     groups: dict[tuple[bool, float | None, float, bool], list[nn.Parameter]] = {}
     for _, parameter in declared_parameters(model):
+        if not parameter.requires_grad:
+            continue
         spec = parameter.spec
         key = (spec.weight_decay, spec.bound, spec.learning_rate_factor, spec.expert)
         groups.setdefault(key, []).append(parameter)

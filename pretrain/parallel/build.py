@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.config.schema import Config
+from pretrain.distill.student import build_student
 from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder
 from pretrain.models.states_between_steps import StatesBetweenSteps
@@ -12,7 +13,13 @@ from pretrain.parallel.topology import Topology, megatron_config
 
 
 def build_model(config: Config) -> Decoder:
-    """This rank's part of the model on the CPU, not yet filled; the groups must exist."""
+    """This rank's part of the model on the CPU, not yet filled; the groups must exist.
+
+    Raises:
+        InputError: there is a teacher, and it cannot be read or does not go with the model.
+    """
+    if config.distillation is not None:
+        return build_student(config)
     model = build_decoder(config.model, megatron_config(config))
     if config.parallel.context > 1:
         model.hold_segments(config.context_scheme)

@@ -182,7 +182,7 @@ class ZeroEngine(Engine):
             return gradient
 
         for parameter in self.parameters.values():
-            if parameter.spec.partial_gradient:
+            if parameter.spec.partial_gradient and parameter.requires_grad:
                 parameter.register_hook(summed)
 
     @contextlib.contextmanager
@@ -210,9 +210,18 @@ class ZeroEngine(Engine):
 
     def read_state(self, name: str, kind: str) -> Tensor | None:
         parameter = self.parameters[name]
+        if not parameter.requires_grad:
+            return self._read_fixed(parameter) if kind == "weight" else None
         if kind == "weight":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
+
+    def _read_fixed(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter that the optimizer does not know."""
+        if self.stage < 3:
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def _create_moments(self) -> None:
         """Makes AdamW's state before its first step, as that step would.

@@ -64,6 +64,7 @@ class Plan:
         tokens_per_inner_position: how many tokens a position of the innermost network stands for, as expected; 1
             without a hierarchy.
         context: what ranks that hold segments of the same sequences send each other; None where each holds whole ones.
+        uncounted_teacher: the checkpoint of a teacher, of which nothing here is counted; None where there is none.
     """
 
     parameters: int
@@ -85,6 +86,7 @@ class Plan:
     gpu: GPUFit | None = None
     tokens_per_inner_position: float = 1.0
     context: ContextPlan | None = None
+    uncounted_teacher: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for JSON."""
@@ -176,6 +178,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
         gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
         tokens_per_inner_position=1.0 / layers[0].positions_per_token,
         context=plan_context(config, micro_batches),
+        uncounted_teacher=None if config.distillation is None else config.distillation.teacher,
     )
 
 

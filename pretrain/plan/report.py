@@ -37,6 +37,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_stages(plan))
     if plan.context is not None:
         console.print(_context(plan.context))
+    if plan.uncounted_teacher is not None:
+        console.print(
+            f"Not counted: the teacher {plan.uncounted_teacher}. Its forward pass, 4 bytes of each of its weights "
+            f"whatever ZeRO's stage, and two tensors of logits come on top."
+        )
     if plan.gpu is not None:
         gpu = plan.gpu
         verdict = "[green]fits[/green]" if gpu.fits else "[red]does not fit[/red]"

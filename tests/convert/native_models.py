@@ -30,6 +30,15 @@ NEMOTRON = {
     "time_step_min": 1e-30,
 }
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+DENSE = {"num_hidden_layers": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "rope_parameters": ROPE}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlstm": (
         "xlstm",
@@ -71,6 +80,15 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama": ("llama", ATTENTION | DENSE | {"head_dim": 12, "tie_word_embeddings": True}),
+    "llama, biases": ("llama", ATTENTION | DENSE | {"attention_bias": True}),
+    "llama, scaled positions": (
+        "llama",
+        ATTENTION | DENSE | {"rope_parameters": LLAMA3, "max_position_embeddings": 256},
+    ),
+    "mistral": ("mistral", ATTENTION | DENSE | {"head_dim": 12, "sliding_window": 24}),
+    "qwen2": ("qwen2", ATTENTION | DENSE | {"use_sliding_window": False, "sliding_window": 24}),
+    "qwen3": ("qwen3", ATTENTION | DENSE | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 
 

@@ -68,8 +68,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no object": ("mamba2", lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
     "another class": (
         "mamba2",
-        lambda d: change_config(d, architectures=["LlamaForCausalLM"]),
-        'architecture "LlamaForCausalLM", where one of xLSTMForCausalLM, .* can be imported',
+        lambda d: change_config(d, architectures=["GemmaForCausalLM"]),
+        'architecture "GemmaForCausalLM", where one of xLSTMForCausalLM, .* can be imported',
     ),
     "another type": ("mamba2", lambda d: change_config(d, model_type="bamba"), 'model_type is "bamba", but'),
     "unknown field": ("bamba", lambda d: change_config(d, logit_bias=3), "logit_bias=3: BambaForCausalLM has no such"),
@@ -88,6 +88,22 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
             d, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ),
         "rope_parameters is ",
+    ),
+    "scaled positions of yarn": (
+        "llama",
+        lambda d: change_config(
+            d,
+            rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+            rope_theta=500.0,
+            rope_parameters=...,
+        ),
+        "rope_parameters is .*yarn.*, where only .*default.* can be imported .*only rope_type llama3 is supported",
+    ),
+    "biases of a feed-forward network": ("llama", lambda d: change_config(d, mlp_bias=True), "mlp_bias is true, where"),
+    "windows in some layers": (
+        "qwen2",
+        lambda d: change_config(d, use_sliding_window=True, max_window_layers=1, layer_types=...),
+        "use_sliding_window is true, where only false",
     ),
     "rotated part": ("bamba", lambda d: change_config(d, partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
     "activation": ("nemotron", lambda d: change_config(d, mlp_hidden_act="tanh"), "mlp_hidden_act is 'tanh'"),
@@ -201,7 +217,7 @@ def test_output_base_and_tokenizer_are_looked_at_first(
         import_model(directory, tmp_path / "imported")
     raw = yaml.safe_load(base.read_text())
     base.write_text(yaml.safe_dump(raw | {"model": {"vocab_size": 3}}))
-    with pytest.raises(InputError, match="has a model section, but the model is that of the directory"):
+    with pytest.raises(InputError, match="has a model section, but the model is that of the weights"):
         import_model(directory, tmp_path / "imported", base=base)
     base.write_text(yaml.safe_dump(raw | {"parallel": {"tensor": 3}}))
     with pytest.raises(InputError, match=r"config.json with .*base.yaml: .*parallel.tensor=3"):

@@ -73,7 +73,14 @@ MODELS = {
         "GraniteMoeHybridForCausalLM",
         mix((ATTENTION, SWIGLU), (MAMBA2, SWIGLU), tie_embeddings=True),
     ),
-    "granite, attention alone": ("GraniteMoeHybridForCausalLM", mix((ATTENTION | FULL, SWIGLU))),
+    "granite, attention alone": (
+        "GraniteMoeHybridForCausalLM",
+        mix((ATTENTION | FULL | {"softmax_scale": 0.3}, SWIGLU)),
+    ),
+    "llama": ("LlamaForCausalLM", mix((ATTENTION | FULL, SWIGLU), tie_embeddings=True)),
+    "mistral": ("MistralForCausalLM", mix((ATTENTION | FULL | {"sliding_window": 9, "head_size": 24}, SWIGLU))),
+    "qwen2": ("Qwen2ForCausalLM", mix((ATTENTION | FULL | {"bias": True, "output_bias": False}, SWIGLU))),
+    "qwen3": ("Qwen3ForCausalLM", mix((ATTENTION | FULL | {"query_key_norm": True, "head_size": 24}, SWIGLU))),
 }
 
 
@@ -185,6 +192,14 @@ def test_it_trains(exported: tuple[Path, Decoder]) -> None:
         ),
         (mix((MAMBA2, None), (None, RELU_SQUARED)), {"NemotronH": "fails without an attention layer"}),
         (mix((None, RELU_SQUARED), tie_embeddings=True), {"NemotronH": "does not tie"}),
+        (
+            mix((ATTENTION | FULL | {"bias": True, "output_bias": False, "sliding_window": 9}, SWIGLU)),
+            {"Llama": "all four projections|sliding window", "Mistral": "all four", "Qwen2": "sliding window"},
+        ),
+        (
+            mix((ATTENTION | HALF | {"query_key_norm": True}, SWIGLU)),
+            {"Llama": "rotary positions in all of each head", "Qwen3": "in all of each", "Bamba": "no norm of queries"},
+        ),
         (mix((None, RELU_SQUARED | {"gated": True})), {"NemotronH": "no gated"}),
     ],
 )

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pretrain.models.registry import MixerConfig
+from pretrain.models.registry import MixerConfig, StrictModel
+
+
+class RotaryScaling(StrictModel):
+    """Longer rotary wavelengths for texts longer than a model was first trained on, as in Llama 3.1.
+
+    With ``n`` wavelengths in the original context, those of ``n <= low_frequency_factor`` are ``factor`` times as long,
+    those of ``n >= high_frequency_factor`` stay, and the frequencies in between are interpolated linearly in ``n``.
+    """
+
+    factor: float = Field(ge=1, description="how many times as long the longest wavelengths become")
+    low_frequency_factor: float = Field(1.0, gt=0, description="wavelengths per context up to which all of it counts")
+    high_frequency_factor: float = Field(4.0, gt=0, description="wavelengths per context from which on none does")
+    original_context: int = Field(8192, ge=1, description="tokens of a text that the model was first trained on")
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RotaryScaling:
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor={self.low_frequency_factor} must be below "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
+        return self
 
 
 class AttentionConfig(MixerConfig):
@@ -26,17 +48,23 @@ class AttentionConfig(MixerConfig):
         1.0, ge=0, le=1, description="part of each head's channels with rotary positions; 0: no positions at all"
     )
     rotary_base: float = Field(10000.0, gt=1, description="base of the rotary wavelengths")
+    rotary_scaling: RotaryScaling | None = Field(None, description="of the rotary wavelengths; null: as they are")
     sliding_window: int | None = Field(
         None, ge=1, description="a token sees so many tokens, itself included; null: its whole document so far"
     )
     softmax_scale: float | None = Field(None, gt=0, description="factor of the scores; null: head_size ** -0.5")
     query_key_norm: bool = Field(False, description="RMS norm with a weight over each head's query and key")
     norm_epsilon: float = Field(1e-6, gt=0, description="epsilon of that norm")
-    bias: bool = Field(False, description="biases of all four projections")
+    bias: bool = Field(False, description="biases of queries, keys and values")
+    output_bias: bool | None = Field(None, description="bias of the output projection; null: as bias")
 
     @property
     def key_value_heads(self) -> int:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def has_output_bias(self) -> bool:
+        return self.bias if self.output_bias is None else self.output_bias
 
     def size_of_head(self, hidden_size: int) -> int:
         """Channels per head."""
@@ -62,6 +90,8 @@ class AttentionConfig(MixerConfig):
                 f"rotary_fraction={self.rotary_fraction} gives {rotary} of {self.size_of_head(hidden_size)} channels "
                 f"per head, but channels are rotated in pairs; change it or head_size"
             )
+        if self.rotary_scaling is not None and rotary == 0:
+            return "rotary_scaling is set, but rotary_fraction=0 leaves no rotary positions; change either"
         if self.num_heads % tensor_parallel:
             return (
                 f"num_heads={self.num_heads} is not divisible by parallel.tensor={tensor_parallel}; heads are "
@@ -86,6 +116,14 @@ class AttentionConfig(MixerConfig):
             ),
             cls(num_heads=6, num_key_value_heads=3, head_size=5, rotary_fraction=0.0, softmax_scale=0.7),
             cls(num_heads=2, sliding_window=8),
+            cls(num_heads=4, num_key_value_heads=2, bias=True, output_bias=False),
+            cls(
+                num_heads=2,
+                head_size=6,
+                query_key_norm=True,
+                rotary_base=50.0,
+                rotary_scaling=RotaryScaling(factor=4.0, original_context=32),
+            ),
         ]
 
 

@@ -43,9 +43,9 @@ def cost(
     projected = queries + 2 * keys
     weights = hidden_size * (projected + queries)
     norms = 2 * head if config.query_key_norm else 0
-    biases = projected + hidden_size if config.bias else 0
-    replicated = norms + (hidden_size if config.bias else 0)
-    parameters = weights + norms + biases
+    output_bias = hidden_size if config.has_output_bias else 0
+    replicated = norms + output_bias
+    parameters = weights + replicated + (projected if config.bias else 0)
 
     kept_tokens = sequence_length
     if config.sliding_window is not None:

@@ -87,6 +87,7 @@ class Attention(SequenceMixer):
                     partial_gradient=specs[name].partial_gradient,
                 )
                 self.register_parameter(f"{name}_bias", new_parameter((size,), bias))
+        if config.has_output_bias:
             # Under sequence parallelism a rank adds it to its part of the sequence.
             bias = ParameterSpec(constant(0.0), weight_decay=False, partial_gradient=context.megatron.sequence_parallel)
             self.output_bias = new_parameter((width,), bias)
@@ -170,7 +171,7 @@ class Attention(SequenceMixer):
             state = {"position": length_before()}
         positions = positions_of(state, documents, length, hidden.device)
         if self.rotary_size:
-            cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base)
+            cosines, sines = angles(positions, self.rotary_size, self.config.rotary_base, self.config.rotary_scaling)
             key = rotate(key, cosines, sines)
 
         if segments is not None:
@@ -193,7 +194,7 @@ class Attention(SequenceMixer):
         )
         # The sequence first again.
         output = self.output(mixed.transpose(0, 1).flatten(2).contiguous())
-        if self.config.bias:
+        if self.config.has_output_bias:
             output = output + self.output_bias.to(output.dtype)
 
         dropped = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,17 @@ from pretrain.models.modeling import Projections, State, empty_parameter
 NAMES = ("query", "key", "value")
 
 
-def rotate(heads: Tensor, positions: Tensor, size: int, base: float) -> Tensor:
+def frequencies(size: int, base: float, scaling: dict[str, float] | None) -> Tensor:
+    """Radians per token of each pair, ``(size / 2,)``; ``scaling`` makes long wavelengths longer, as Llama 3.1 does."""
+    found = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if scaling is None:
+        return found
+    low, high = scaling["low_frequency_factor"], scaling["high_frequency_factor"]
+    kept = ((scaling["original_context"] * found / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+    return found * (kept + (1.0 - kept) / scaling["factor"])
+
+
+def rotate(heads: Tensor, positions: Tensor, size: int, base: float, scaling: dict[str, float] | None) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864) in a head's first ``size`` channels.
 
     Channels that lie half of ``size`` apart are a pair.
@@ -20,9 +32,9 @@ def rotate(heads: Tensor, positions: Tensor, size: int, base: float) -> Tensor:
         positions: ``(batch, sequence)``.
         size: even.
         base: of the wavelengths.
+        scaling: of the wavelengths; None leaves them.
     """
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=heads.device) / size
-    angles = positions.float()[..., None, None] * (1.0 / base**exponents)
+    angles = positions.float()[..., None, None] * frequencies(size, base, scaling).to(heads.device)
     cosines, sines = angles.cos(), angles.sin()
     first, second = heads[..., :size].chunk(2, -1)
     turned = [first * cosines - second * sines, second * cosines + first * sines]
@@ -48,16 +60,20 @@ class Attention(nn.Module):
         query_key_norm: bool,
         norm_epsilon: float,
         bias: bool,
+        output_bias: bool,
+        rotary_scaling: dict[str, float] | None,
     ):
         super().__init__()
         self.head_size, self.rotary_size, self.rotary_base = head_size, rotary_size, rotary_base
+        self.rotary_scaling = rotary_scaling
         self.sliding_window, self.softmax_scale, self.norm_epsilon = sliding_window, softmax_scale, norm_epsilon
         counts = dict(zip(NAMES, (num_heads, num_key_value_heads, num_key_value_heads), strict=True))
         sizes = {name: count * head_size for name, count in counts.items()}
         self.projections = Projections(hidden_size, sizes)
         self.output = nn.Linear(num_heads * head_size, hidden_size, bias=False)
-        for name, size in (sizes | {"output": hidden_size}).items():
+        for name, size in sizes.items():
             self.register_parameter(f"{name}_bias", empty_parameter(size) if bias else None)
+        self.register_parameter("output_bias", empty_parameter(hidden_size) if output_bias else None)
         for name in NAMES[:2]:
             self.register_parameter(f"{name}_norm_weight", empty_parameter(head_size) if query_key_norm else None)
 
@@ -82,7 +98,8 @@ class Attention(nn.Module):
         read = hidden.new_zeros(batch, dtype=torch.float32) if state is None else state["position"]
         positions = read[:, None] + torch.arange(length, device=hidden.device)
         if self.rotary_size:
-            query, key = (rotate(heads, positions, self.rotary_size, self.rotary_base) for heads in (query, key))
+            size, base, scaling = self.rotary_size, self.rotary_base, self.rotary_scaling
+            query, key = (rotate(heads, positions, size, base, scaling) for heads in (query, key))
         kept = {"key": key.float(), "value": value.float()}
         if state is not None:
             kept = {name: torch.cat([state[name], rows], 1) for name, rows in kept.items()}

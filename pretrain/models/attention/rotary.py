@@ -5,14 +5,29 @@ A head's first ``size`` channels are rotated in pairs that lie half of ``size`` 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from pretrain.models.attention.config import RotaryScaling
 
-def angles(positions: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
+
+def frequencies(size: int, base: float, scaling: RotaryScaling | None, device: torch.device) -> Tensor:
+    """Radians per token of each pair, ``(size / 2,)`` float32."""
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+    found = 1.0 / base**exponents
+    if scaling is None:
+        return found
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    per_context = scaling.original_context * found / (2 * math.pi)
+    kept = ((per_context - low) / (high - low)).clamp(0.0, 1.0)
+    return found * (kept + (1.0 - kept) / scaling.factor)
+
+
+def angles(positions: Tensor, size: int, base: float, scaling: RotaryScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each ``(batch, sequence, 1, size / 2)`` float32, of ``(batch, sequence)`` positions."""
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
-    turned = positions.float()[..., None, None] * (1.0 / base**exponents)
+    turned = positions.float()[..., None, None] * frequencies(size, base, scaling, positions.device)
     return turned.cos(), turned.sin()
 
 

@@ -22,6 +22,7 @@ class Mamba2Config(MixerConfig):
     num_groups: int = Field(1, ge=1, description="groups of heads that share keys and queries (the paper's B and C)")
     convolution_width: int = Field(4, ge=1, description="tokens that the causal convolution reads")
     convolution_bias: bool = Field(True, description="whether the convolution has a bias")
+    gate_bias: float | None = Field(None, description="initial bias of every channel's gate; null: no such biases")
     norm_epsilon: float = Field(1e-5, gt=0, description="epsilon of the gated norm")
     decay_range: tuple[float, float] = Field((1.0, 16.0), description="initial decay rates are uniform in this range")
     step_size_range: tuple[float, float] = Field(
@@ -66,7 +67,7 @@ class Mamba2Config(MixerConfig):
         return [
             cls(head_size=8, state_size=6, num_groups=1, chunk_size=8),
             cls(head_size=4, state_size=5, num_groups=2, chunk_size=4, convolution_bias=False, convolution_width=3),
-            cls(head_size=8, num_heads=6, state_size=4, num_groups=3, chunk_size=16),
+            cls(head_size=8, num_heads=6, state_size=4, num_groups=3, chunk_size=16, gate_bias=0.5),
         ]
 
 

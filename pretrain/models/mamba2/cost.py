@@ -35,6 +35,7 @@ def cost(
     weights = hidden_size * projected + inner * hidden_size
     window = config.convolution_width
     parameters = weights + convolved * (window + config.convolution_bias) + 3 * heads + inner
+    parameters += 0 if config.gate_bias is None else inner
 
     chunk = min(config.chunk_size, sequence_length)
     chunks = -(-sequence_length // chunk)
@@ -47,12 +48,12 @@ def cost(
     executed_backward = 6 * memory + chunk * (3 * scores + 2 * mixing)
 
     state = inner * state_size + (window - 1) * convolved
-    gate_copy = 0 if bytes_per_element == _FLOAT32 else _FLOAT32
+    gate_copy = 0 if bytes_per_element == _FLOAT32 and config.gate_bias is None else _FLOAT32
     activations = (
         # All projections are one tensor, and the convolution's outputs another; the output projection reads a third.
         bytes_per_element * (projected + convolved + inner)
-        # In float32: the recurrence's output, the gate where it is not float32 itself, its silu, their product, and
-        # the norm's result before its weight.
+        # In float32: the recurrence's output, the gate where that is not float32 itself or has a bias, its silu, their
+        # product, and the norm's result before its weight.
         + (4 * _FLOAT32 + gate_copy) * inner
         # Step sizes and their pre-activation.
         + 2 * _FLOAT32 * heads

@@ -91,6 +91,8 @@ def _fields(model_type: str) -> Callable[[Mamba2Config, int], dict[str, object]]
     """The function of ``FIELDS`` for a class."""
 
     def fields(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
+        if config.gate_bias is not None:
+            raise InputError("has no biases of Mamba-2's gate")
         resolved = config.model_copy(update={"num_heads": config.heads(hidden_size)})
         found = {theirs: getattr(resolved, ours) for ours, theirs in _FIELD_NAMES[model_type].items()}
         if model_type in _EXPANSIONS:
@@ -115,6 +117,7 @@ def settings(config: Mamba2Config, hidden_size: int) -> dict[str, object]:
         "num_groups": config.num_groups,
         "convolution_width": config.convolution_width,
         "convolution_bias": config.convolution_bias,
+        "gate_bias": config.gate_bias is not None,
         "norm_epsilon": config.norm_epsilon,
         "chunk_size": config.chunk_size,
     }

@@ -108,6 +108,9 @@ class Mamba2(SequenceMixer):
         for name, initialise in per_head.items():
             spec = ParameterSpec(initialise, shard_dimension=0, weight_decay=False)
             self.register_parameter(name, new_parameter((heads,), spec))
+        if config.gate_bias is not None:
+            spec = ParameterSpec(constant(config.gate_bias), shard_dimension=0, weight_decay=False)
+            self.gate_bias = new_parameter((inner,), spec)
         self.norm = GroupedRMSNorm(inner, config.num_groups, config.norm_epsilon)
         scale = inner**-0.5 / math.sqrt(context.num_layers)
         self.output = RowParallelProjection(
@@ -199,7 +202,8 @@ class Mamba2(SequenceMixer):
             document_starts=starts,
             chunk_size=self.config.chunk_size,
         )
-        gated = recurrent.transpose(0, 1).flatten(2).float() * nn.functional.silu(gate.float())
+        gate = gate.float() if self.config.gate_bias is None else gate.float() + self.gate_bias
+        gated = recurrent.transpose(0, 1).flatten(2).float() * nn.functional.silu(gate)
         return self.output(self.norm(gated).to(hidden.dtype)), final
 
 

@@ -73,6 +73,7 @@ class Mamba2(nn.Module):
         num_groups: int,
         convolution_width: int,
         convolution_bias: bool,
+        gate_bias: bool,
         norm_epsilon: float,
         chunk_size: int,
     ):
@@ -89,6 +90,7 @@ class Mamba2(nn.Module):
         self.log_decay_rate = empty_parameter(num_heads)
         self.step_size_bias = empty_parameter(num_heads)
         self.skip = empty_parameter(num_heads)
+        self.gate_bias = empty_parameter(inner) if gate_bias else None
         self.norm = GroupedRMSNorm(inner, num_groups, norm_epsilon)
         self.output = nn.Linear(inner, hidden_size, bias=False)
 
@@ -120,7 +122,8 @@ class Mamba2(nn.Module):
             self.chunk_size,
         )
         outputs = outputs + self.skip.float()[:, None] * values.float()
-        gated = outputs.flatten(2) * nn.functional.silu(gate.float())
+        gate = gate.float() if self.gate_bias is None else gate.float() + self.gate_bias.float()
+        gated = outputs.flatten(2) * nn.functional.silu(gate)
         return self.output(self.norm(gated).to(hidden.dtype)), final
 
 

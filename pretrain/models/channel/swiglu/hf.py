@@ -6,6 +6,14 @@ from pretrain.errors import InputError
 from pretrain.models.channel.swiglu.config import SwiGLUConfig
 from pretrain.models.hugging_face import Piece, renamed_section
 
+# The classes of Llama's layout.
+_DENSE = ("llama", "mistral", "qwen2", "qwen3")
+_DENSE_NAMES = {
+    "projections.gate_weight": "mlp.gate_proj.weight",
+    "projections.up_weight": "mlp.up_proj.weight",
+    "down.weight": "mlp.down_proj.weight",
+}
+
 # Our name within the mixer -> the name within a block of the native class.
 KEYS = {
     "xlstm": {
@@ -23,6 +31,7 @@ KEYS = {
         "projections.up_weight": Piece("shared_mlp.input_linear.weight", 1),
         "down.weight": "shared_mlp.output_linear.weight",
     },
+    **dict.fromkeys(_DENSE, _DENSE_NAMES),
 }
 
 
@@ -54,7 +63,7 @@ def _xlstm_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
     )
 
 
-def _bamba_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
+def _intermediate_size(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
     return {"intermediate_size": config.inner_size(hidden_size)}
 
 
@@ -64,12 +73,16 @@ def _granite_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]
     return {"shared_intermediate_size": inner, "intermediate_size": inner}
 
 
-FIELDS = {"xlstm": _xlstm_fields, "bamba": _bamba_fields, "granitemoehybrid": _granite_fields}
+FIELDS = {
+    "xlstm": _xlstm_fields,
+    "granitemoehybrid": _granite_fields,
+    **dict.fromkeys(("bamba", *_DENSE), _intermediate_size),
+}
 _XLSTM_NAMES = {"projection_factor": "ffn_proj_factor", "round_up_to": "ffn_round_up_to_multiple_of"}
 SECTIONS = {
     "xlstm": renamed_section("swiglu", _XLSTM_NAMES),
-    "bamba": renamed_section("swiglu", {"intermediate_size": "intermediate_size"}),
     "granitemoehybrid": renamed_section("swiglu", {"intermediate_size": "shared_intermediate_size"}),
+    **dict.fromkeys(("bamba", *_DENSE), renamed_section("swiglu", {"intermediate_size": "intermediate_size"})),
 }
 
 
