@@ -4,8 +4,8 @@ that has imported them."""
 
 from __future__ import annotations
 
-import importlib
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
