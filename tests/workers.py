@@ -61,14 +61,13 @@ def _serve(rank: int, world_size: int, rendezvous: str, requests: Connection) ->
     _share_one_device()
     store = dist.FileStore(rendezvous, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    while (request := requests.recv()) is not None:
-        module, function, arguments = request
+    while True:
+        module, function, arguments = requests.recv()
         try:
             answer = (True, getattr(importlib.import_module(module), function)(**arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
         requests.send(answer)
-    dist.destroy_process_group()
 
 
 def _share_one_device() -> None:
@@ -135,7 +134,7 @@ class WorkerPool:
             if not succeeded:
                 failures.append(f"rank {rank}: {answer}")
         if failures:
-            self.close(kill=True)
+            self.close()
             raise WorkerError("\n".join(failures))
         self._signal(signal.SIGSTOP)
         return answers
@@ -149,14 +148,10 @@ class WorkerPool:
     def is_alive(self) -> bool:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
-    def close(self, kill: bool = False) -> None:
-        """Ends the processes."""
-        self._signal(signal.SIGCONT)
+    def close(self) -> None:
+        """Ends the processes; they hold nothing that is worth the seconds in which dozens of groups are taken down."""
         for connection, process in zip(self.connections, self.processes, strict=True):
-            if kill:
-                process.kill()
-            elif process.is_alive():
-                connection.send(None)
+            process.kill()
             process.join(timeout=20)
             connection.close()
         self.connections, self.processes = [], []
