@@ -115,7 +115,7 @@ class Running:
         self.arguments = [module, *map(str, arguments)]
         self._process = context.Process(
             target=_run_module,
-            args=(self.arguments, environment() | (variables or {}), *(theirs for _, theirs in pipes)),
+            args=(self.arguments, os.getcwd(), environment() | (variables or {}), *(theirs for _, theirs in pipes)),
         )
         self._process.start()
         self.pid = self._process.pid
@@ -145,11 +145,14 @@ class Running:
         return subprocess.CompletedProcess(self.arguments, self._process.exitcode, output, errors.result())
 
 
-def _run_module(arguments: list[str], variables: dict[str, str], stdout: Connection, stderr: Connection) -> None:
+def _run_module(
+    arguments: list[str], directory: str, variables: dict[str, str], stdout: Connection, stderr: Connection
+) -> None:
     for stream, pipe in ((sys.stdout, stdout), (sys.stderr, stderr)):
         os.dup2(pipe.fileno(), stream.fileno())
         stream.reconfigure(write_through=True)
         pipe.close()
+    os.chdir(directory)
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = arguments
