@@ -19,10 +19,10 @@ TINY_MODEL: dict[str, Any] = {
 }
 
 
-def every_mixer_model(hidden_size: int, **fields: Any) -> dict[str, Any]:
+def every_mixer_model(hidden_size: int, repetitions: int = 2, **fields: Any) -> dict[str, Any]:
     """A model section with a block of each registered mixer, and blocks that hold one part alone.
 
-    The pattern stands twice in it, so that it divides into two pipeline stages.
+    The pattern stands ``repetitions`` times in it: twice, so that it divides into two pipeline stages.
     """
     channels = [family.config.examples(hidden_size)[0].model_dump() for family in channel_mixers().values()]
     mixers = [family.config.examples(hidden_size)[0].model_dump() for family in sequence_mixers().values()]
@@ -33,7 +33,7 @@ def every_mixer_model(hidden_size: int, **fields: Any) -> dict[str, Any]:
     blocks |= {"mixer_alone": {"mixer": mixers[0]}, "channel_alone": {"channel": channels[-1]}}
     return {
         "hidden_size": hidden_size,
-        "num_layers": 2 * len(blocks),
+        "num_layers": repetitions * len(blocks),
         "layers": list(blocks),
         "blocks": blocks,
         **fields,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,17 @@ import pytest  # noqa: E402
 from tests.workers import WorkerPool  # noqa: E402
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays; the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Else the interpreter would end with what it has not looked through."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
     """``worker_pools(world_size)``: the shared pool of that many processes."""
@@ -31,5 +43,4 @@ def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
 
     yield pool
     for running in pools.values():
-        if running.is_alive:
-            running.close()
+        running.close()

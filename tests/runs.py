@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
+import runpy
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.configurations import TINY_MODEL
+from tests.workers import start_methods
 
 WORDS = "the state of a recurrent model is carried from token to token until a document ends".split()
 
@@ -81,10 +88,99 @@ def pretrain_command(*arguments: object, processes: int = 0) -> list[str]:
     return [*launcher, "-m", "pretrain", *map(str, arguments)]
 
 
-def pretrain(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
+def pretrain_anew(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end as a shell would, so that it imports torch and the rest for itself."""
     command = pretrain_command(*arguments, processes=processes)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+class Running:
+    """A command in a process of its own that begins with what :mod:`tests.workers` has imported.
+
+    The process is killed, if need be, at the end of the context.
+
+    Args:
+        module: to run as ``python -m module``.
+        arguments: of the command.
+        variables: of the environment, beside those of :func:`environment`.
+
+    Attributes:
+        stdout, stderr: what it prints, to be read.
+        pid: of the process.
+    """
+
+    def __init__(self, module: str, *arguments: object, variables: dict[str, str] | None = None):
+        _, context = start_methods()
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        self.arguments = [module, *map(str, arguments)]
+        self._process = context.Process(
+            target=_run_module,
+            args=(self.arguments, os.getcwd(), environment() | (variables or {}), *(theirs for _, theirs in pipes)),
+        )
+        self._process.start()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(ours.fileno())) for ours, _ in pipes)
+        for connection in itertools.chain(*pipes):
+            connection.close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        """Waits for its end; what has not been read of its output is in the result."""
+        with ThreadPoolExecutor(1) as beside:
+            errors = beside.submit(self.stderr.read)
+            output = self.stdout.read()
+        # Whoever closes both has at most to end.
+        self._process.join(60)
+        return subprocess.CompletedProcess(self.arguments, self._process.exitcode, output, errors.result())
+
+
+def _run_module(
+    arguments: list[str], directory: str, variables: dict[str, str], stdout: Connection, stderr: Connection
+) -> None:
+    for stream, pipe in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        os.dup2(pipe.fileno(), stream.fileno())
+        stream.reconfigure(write_through=True)
+        pipe.close()
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def pretrain(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, in one process or in as many as a launcher would start for ``ranks``.
+
+    Of several ranks the result has the highest exit code and the output of one after the other.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    variables: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | sizes
+        variables = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(Running("pretrain", *arguments, variables=own)) for own in variables]
+        with ThreadPoolExecutor(ranks) as beside:
+            ended = list(beside.map(Running.finish, running))
+    return subprocess.CompletedProcess(
+        ended[0].args,
+        max(process.returncode for process in ended),
+        "".join(process.stdout for process in ended),
+        "".join(process.stderr for process in ended),
+    )
 
 
 def curve(run: Path) -> dict[int, tuple[float, float]]:

@@ -6,7 +6,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from data.config import DataConfig
 from data.preparation import files
 from data.preparation.shards import ShardWriter
 from tests.data.preparing import contents, prepare_into, text_config, write_texts
-from tests.runs import environment, pretrain_command
+from tests.runs import Running
 
 # Everything by which a preparation changes the disk goes through one of these.
 STEPS: tuple[tuple[object, str], ...] = (
@@ -127,16 +126,11 @@ def test_killed_while_others_tokenize(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
     options = ["--workers", 2, "--shard-megabytes", 3]
-    command = pretrain_command("data", "prepare", tmp_path / "config.yaml", out, *options)
-    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
-    try:
+    with Running("pretrain", "data", "prepare", tmp_path / "config.yaml", out, *options) as running:
+        process = psutil.Process(running.pid)
         # The processes begin behind the first 8 MB, so they are at work when the fifth shard is done.
-        wait_until(lambda: (out / "shard-00004.json").exists() or running.poll() is not None)
-        others = psutil.Process(running.pid).children(recursive=True)
-        running.kill()
-    finally:
-        running.kill()
-        running.wait()
+        wait_until(lambda: (out / "shard-00004.json").exists() or not process.is_running())
+        others = process.children(recursive=True)
     assert len(others) >= 2, "no processes tokenized"
     wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in others))
     assert (out / "unfinished.json").exists() and (out / "shard-00004.json").exists()

@@ -66,12 +66,12 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * max(value.abs().max().item(), 1e-3), f"{name}: {error:.1e}"
 
 
-def check_diverging(where: str, backend: str) -> None:
+def check_diverging(where: str, backend: str, sequence: int) -> None:
     """Weights that send Newton's method to infinity: each token must still follow from the one before it.
 
     So chaotic a recurrence has no trajectory that two ways of rounding would share, but its single steps agree.
     """
-    problem, _ = random_problem("gru", 2, 150, 3, 30.0, seed=1)
+    problem, _ = random_problem("gru", 2, sequence, 3, 30.0, seed=1)
     gates, recurrent, initial = (tensor.float().to(where) for tensor in problem)
     hidden, _, report = newton_gru(gates, recurrent, initial_state=initial, backend=backend)
     before = torch.cat((initial.unsqueeze(1), hidden[:, :-1]), dim=1)

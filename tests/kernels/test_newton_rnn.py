@@ -202,7 +202,7 @@ def test_fallback_solves_only_what_did_not_converge(cell: str, kind: str) -> Non
 
 
 def test_a_diverging_solve_is_mended() -> None:
-    check_diverging("cpu", "torch")
+    check_diverging("cpu", "torch", sequence=150)
 
 
 @pytest.mark.parametrize("cell", CELLS)

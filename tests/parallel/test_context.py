@@ -15,27 +15,28 @@ from tests.parallel.programs import synthetic_batch
 from tests.parallel.test_parity import LAYOUTS, PROGRAMS, STEPS, assert_same_run, with_small_input_gates
 
 
-def every_sequence_mixer() -> dict[str, Any]:
+def every_sequence_mixer(repetitions: int) -> dict[str, Any]:
     """Every mixer in one model, with feed-forward layers where experts would be."""
-    model = with_small_input_gates(every_mixer_model(64))
+    model = with_small_input_gates(every_mixer_model(64, repetitions))
     for block in model["blocks"].values():
         if block.get("channel", {}).get("type") == "moe":
             block["channel"] = {"type": "swiglu", "intermediate_size": 64}
     return model
 
 
-MODEL = every_sequence_mixer()
+# By the number of pipeline stages.
+MODELS = {stages: every_sequence_mixer(repetitions=stages) for stages in (1, 2)}
 
 
 @pytest.fixture(scope="module")
 def one_process(worker_pools):
-    cache: dict[int, list[dict[str, Any]]] = {}
+    cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
-    def run(length: int) -> list[dict[str, Any]]:
-        if length not in cache:
-            overrides = {"model": MODEL, "data": {"sequence_length": length}}
-            cache[length] = worker_pools(1).run(PROGRAMS, "train_steps", overrides=sections(overrides), steps=STEPS)
-        return cache[length]
+    def run(length: int, stages: int) -> list[dict[str, Any]]:
+        if (length, stages) not in cache:
+            overrides = sections({"model": MODELS[stages], "data": {"sequence_length": length}})
+            cache[length, stages] = worker_pools(1).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
+        return cache[length, stages]
 
     return run
 
@@ -60,11 +61,13 @@ def test_every_mixer_takes_the_steps_of_one_process(
     layout, scheme, recompute, length, worker_pools, one_process
 ) -> None:
     processes, parallel = LAYOUTS[layout]
+    stages = parallel.get("pipeline", 1)
     parallel = parallel | {"context_scheme": scheme}
-    overrides = {"parallel": parallel, "model": MODEL, "train": {"recompute": recompute}}
-    overrides["data"] = {"sequence_length": length}
+    # Two micro-batches; more of them than a pipeline has stages.
+    train = {"recompute": recompute, "micro_batch_size": 4 if stages == 1 else 2}
+    overrides = {"parallel": parallel, "model": MODELS[stages], "train": train, "data": {"sequence_length": length}}
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=sections(overrides), steps=STEPS)
-    assert_same_run(results, one_process(length), relative=1e-5, weights=5e-5)
+    assert_same_run(results, one_process(length, stages), relative=1e-5, weights=5e-5)
 
 
 def mixers_only(*blocks: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from tests.models.expert_models import expert_model
 from tests.parallel.test_parity import assert_same_run
 
-STEPS = 3
+STEPS = 2
 PROGRAMS: dict[str, dict[str, Any]] = {
     "hnet": {"module": "tests.parallel.hnet_programs", "function": "hnet_steps", "stages": 2},
     "hat": {"module": "tests.parallel.hat_programs", "function": "hat_steps"},

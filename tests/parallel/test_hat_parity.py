@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.test_parity import LAYOUTS, assert_same_run
 
 PROGRAMS = "tests.parallel.hat_programs"
-STEPS = 3
+STEPS = 2
 
 # (layout, train section); the reference is one process that has the whole batch at once.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

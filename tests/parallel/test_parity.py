@@ -11,7 +11,8 @@ from tests.configurations import every_mixer_model
 from tests.parallel.programs import assemble
 
 PROGRAMS = "tests.parallel.programs"
-STEPS = 3
+# The second begins with the weights, moments and buffers that the first left.
+STEPS = 2
 
 # (processes, parallel section)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -60,7 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
     # Two ranks hold 129 rows each, four 65: the last ones end in padding.
     "uneven_vocabulary": {"vocab_size": 257},
     "uneven_tied_vocabulary": {"vocab_size": 257, "tie_embeddings": True},
-    "every_mixer": with_small_input_gates(every_mixer_model(64)),
+    "every_mixer": with_small_input_gates(every_mixer_model(64, repetitions=1)),
+    "every_mixer_twice": with_small_input_gates(every_mixer_model(64)),
 }
 
 
@@ -133,21 +135,23 @@ def test_a_vocabulary_that_does_not_divide(model, layout, worker_pools, one_proc
 
 
 @pytest.mark.parametrize(
-    ("layout", "recompute"),
+    ("layout", "recompute", "micro_batch_size"),
     [
-        ("tensor2", "none"),
-        ("tensor2_sequence_zero1", "block"),
-        ("pipeline2_zero1", "none"),
-        ("data2_zero2", "none"),
-        ("data2_zero3", "block"),
-        ("tensor2_pipeline2_sequence_zero1", "none"),
+        ("tensor2", "none", 4),
+        ("tensor2_sequence_zero1", "block", 4),
+        ("pipeline2_zero1", "none", 2),
+        ("data2_zero2", "none", 2),
+        ("data2_zero3", "block", 2),
+        ("tensor2_pipeline2_sequence_zero1", "none", 2),
     ],
 )
-def test_every_mixer_in_one_model(layout, recompute, worker_pools, one_process):
+def test_every_mixer_in_one_model(layout, recompute, micro_batch_size, worker_pools, one_process):
     processes, parallel = LAYOUTS[layout]
-    overrides = {"parallel": parallel, "model": MODELS["every_mixer"], "train": {"recompute": recompute}}
+    model = "every_mixer_twice" if "pipeline" in parallel else "every_mixer"
+    train = {"recompute": recompute, "micro_batch_size": micro_batch_size}
+    overrides = {"parallel": parallel, "model": MODELS[model], "train": train}
     results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
-    assert_same_run(results, one_process(model="every_mixer"), relative=1e-5, weights=5e-5)
+    assert_same_run(results, one_process(model=model), relative=1e-5, weights=5e-5)
 
 
 @pytest.mark.parametrize("layout", ["tensor2_sequence_zero1", "pipeline2_zero1", "data2_zero3", "data2_zero0"])

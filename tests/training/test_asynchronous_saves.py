@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from pretrain.checkpoint import list_checkpoints, newest_checkpoint
-from tests.runs import curve, environment, raw_config, write_corpus
+from tests.runs import Running, curve, raw_config, write_corpus
 
 PROGRAMS = "tests.training.saving_programs"
-ROOT = Path(__file__).parents[2]
 MODES = ("asynchronous", "synchronous")
 
 
@@ -114,23 +110,16 @@ def test_killed_while_a_checkpoint_is_written(worker_pools, tmp_path):
     worker_pools(1).run("tests.training.programs", "run_training", raw=raw)
     config = cut / "config.yaml"
     config.write_text(yaml.safe_dump(run_config(cut, steps=11)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", PROGRAMS, str(config)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
     output = []
-    for line in process.stdout:
-        output.append(line)
-        # Training has gone on beside it.
-        if {"half of a shard is written\n"} < set(output) and any(text.startswith("step 10/") for text in output):
-            break
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "".join(output)
+    with Running(PROGRAMS, config) as process:
+        for line in process.stdout:
+            output.append(line)
+            # Training has gone on beside it.
+            if {"half of a shard is written\n"} < set(output) and any(text.startswith("step 10/") for text in output):
+                break
+        process.send_signal(signal.SIGKILL)
+        ended = process.finish()
+    assert ended.returncode == -signal.SIGKILL, "".join(output) + ended.stderr
     assert names(cut) == ["step-00000004", "tmp-step-00000008"]
     newest = newest_checkpoint(cut / "run" / "checkpoints", verify_checksums=True)
     assert newest is not None and newest.name == "step-00000004"

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.checkpoint import list_checkpoints
 from pretrain.errors import EXIT_STOPPED_BY_SIGNAL
-from tests.runs import curve, environment, pretrain, pretrain_command, write_config
+from tests.runs import Running, curve, environment, pretrain, pretrain_anew, pretrain_command, write_config
 
 # Long enough to be still running when it is told to stop.
 MANY_STEPS = 100_000
@@ -20,29 +20,27 @@ MANY_STEPS = 100_000
 def unbroken(tmp_path_factory):
     directory = tmp_path_factory.mktemp("unbroken")
     config = write_config(directory, schedule={"type": "constant"})
-    ended = pretrain("train", config)
+    ended = pretrain_anew("train", config)
     assert ended.returncode == 0, ended.stderr
     return curve(directory / "run")
 
 
-def start_and_wait_for_step(config, step, *overrides, processes=0):
-    """A running process that has printed its figures of ``step``."""
-    command = pretrain_command("train", config, *overrides, processes=processes)
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def wait_for_step(process, step):
+    """Until a running process has printed its figures of ``step``."""
     output = []
     for line in process.stdout:
         output.append(line)
         if line.startswith(f"step {step}/"):
-            return process
-    raise AssertionError("the run ended before that step:\n" + "".join(output))
+            return
+    raise AssertionError("the run ended before that step:\n" + "".join([*output, process.stderr.read()]))
 
 
 def test_killed_run_resumes_to_the_same_curve(tmp_path, unbroken):
     config = write_config(tmp_path, schedule={"type": "constant"})
-    process = start_and_wait_for_step(config, 6, f"train.steps={MANY_STEPS}")
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    with Running("pretrain", "train", config, f"train.steps={MANY_STEPS}") as process:
+        wait_for_step(process, 6)
+        process.send_signal(signal.SIGKILL)
+        assert process.finish().returncode == -signal.SIGKILL
     resumed = pretrain("train", config, "train.steps=12")
     assert resumed.returncode == 0, resumed.stderr
     kept = curve(tmp_path / "run")
@@ -53,18 +51,20 @@ def test_killed_run_resumes_to_the_same_curve(tmp_path, unbroken):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_finishes_the_step_saves_and_exits_with_its_code(number, tmp_path):
     config = write_config(tmp_path)
-    process = start_and_wait_for_step(config, 2, f"train.steps={MANY_STEPS}", "train.checkpoint_every=0")
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED_BY_SIGNAL, output
-    assert "stopped by a signal" in output
+    overrides = f"train.steps={MANY_STEPS}", "train.checkpoint_every=0"
+    with Running("pretrain", "train", config, *overrides) as process:
+        wait_for_step(process, 2)
+        process.send_signal(number)
+        ended = process.finish()
+    assert ended.returncode == EXIT_STOPPED_BY_SIGNAL, ended.stderr
+    assert "stopped by a signal" in ended.stdout + ended.stderr
     last = max(curve(tmp_path / "run"))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{last:08}"]
 
 
 def test_torchrun_trains_and_the_commands_read_the_run(tmp_path, unbroken):
     config = write_config(tmp_path, schedule={"type": "constant"})
-    ended = pretrain("train", config, processes=2)
+    ended = pretrain_anew("train", config, processes=2)
     assert ended.returncode == 0, ended.stderr
     for step, figures in curve(tmp_path / "run").items():
         assert figures == pytest.approx(unbroken[step], rel=1e-5)
@@ -90,9 +90,12 @@ def test_torchrun_trains_and_the_commands_read_the_run(tmp_path, unbroken):
 
 def test_torchrun_passes_a_stop_on(tmp_path):
     config = write_config(tmp_path)
-    process = start_and_wait_for_step(config, 2, f"train.steps={MANY_STEPS}", processes=2)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert "stopped by a signal" in output
+    command = pretrain_command("train", config, f"train.steps={MANY_STEPS}", processes=2)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        wait_for_step(process, 2)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    assert "stopped by a signal" in output + errors
     last = max(curve(tmp_path / "run"))
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{last:08}"
