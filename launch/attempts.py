@@ -31,8 +31,8 @@ class Attempt:
         ending: file in which the run says how it ended; names the attempt.
         began, ended: seconds since 1970; ``ended`` is None while it runs, and where nobody was left to write it.
         nodes: that it ran on.
-        how: ``done``, ``stopped`` (told to end, the state saved), ``bad input``, ``failed``, ``unhealthy`` (a node
-            is), or ``lost`` (it said nothing).
+        how: ``done``, ``stopped`` (told to end, the state saved), ``bad input``, ``diverged``, ``failed``,
+            ``unhealthy`` (a node is), or ``lost`` (it said nothing).
         message: what it said.
         step: last step that is in ``metrics.jsonl`` at its end; None: none.
         checkpoint: step of the newest checkpoint at its end; None: none.
@@ -118,7 +118,7 @@ def close(attempt: Attempt, run: Path, told: bool, exit_code: int | None) -> Non
 def reason_to_stop(attempts: Sequence[Attempt], max_failures: int) -> str | None:
     """Why the run must not be tried again after its last attempt; None: it may."""
     last = attempts[-1]
-    if last.how == "bad input":
+    if last.how in ("bad input", "diverged"):
         return last.message
     if not last.failed:
         return None

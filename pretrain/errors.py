@@ -30,3 +30,7 @@ class TrainingError(Exception):
     The state has been saved where possible; the command line prints the message and exits with
     ``EXIT_FAILURE``.
     """
+
+
+class DivergedError(TrainingError):
+    """Gradients are not finite any more; going on from what was saved would end in the same way."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data.errors import DataError
 from pretrain.config.schema import Config
-from pretrain.errors import TrainingError
+from pretrain.errors import DivergedError
 from pretrain.parallel.agreement import any_rank
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
@@ -38,8 +38,9 @@ def train(config: Config, resume: str = "auto") -> Outcome:
     Raises:
         InputError, DataError: what was given does not fit together, or the data could not be read on; then the
             steps so far are saved.
-        TrainingError: too many steps in a row had no finite gradient, or a checkpoint could not be written: the last
-            one, or any where ``train.checkpoint_mode`` is ``synchronous``.
+        DivergedError: too many steps in a row had no finite gradient.
+        TrainingError: a checkpoint could not be written: the last one, or any where ``train.checkpoint_mode`` is
+            ``synchronous``.
     """
     trainer = Trainer(config, resume)
     settings, position = config.train, trainer.position
@@ -70,7 +71,7 @@ def train(config: Config, resume: str = "auto") -> Outcome:
             if last or _is_due(settings.checkpoint_every, position.step, settings.steps):
                 trainer.save(wait=last)
             if diverged:
-                raise TrainingError(
+                raise DivergedError(
                     f"{position.skipped_in_a_row} steps in a row had no finite gradient "
                     f"(train.max_skipped_steps={settings.max_skipped_steps}); the state at step {position.step} "
                     f"is saved in {trainer.run.checkpoints}: lower optimizer.learning_rate or look at the data"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import DataError
-from pretrain.errors import InputError
+from pretrain.errors import DivergedError, InputError
 from pretrain.observe.metrics import replace_file
 
 # Names the file; the job's script sets it.
@@ -25,7 +25,8 @@ def say_ending(how: str, message: str) -> None:
     """Writes how this run ended where the job that started it looks; nothing where no job asks, or on other ranks.
 
     Args:
-        how: ``done``, ``stopped`` (by a signal, the state saved), ``bad input``, ``failed`` or ``unhealthy``.
+        how: ``done``, ``stopped`` (by a signal, the state saved), ``bad input``, ``diverged``, ``failed`` or
+            ``unhealthy``.
         message: one sentence.
     """
     if job_is_told() and os.environ.get("RANK", "0") == "0":
@@ -39,6 +40,9 @@ def errors_said() -> Iterator[None]:
         yield
     except (InputError, DataError) as error:
         say_ending("bad input", str(error))
+        raise
+    except DivergedError as error:
+        say_ending("diverged", str(error))
         raise
     except Exception as error:
         say_ending("failed", f"{type(error).__name__}: {error}")

@@ -72,9 +72,10 @@ def test_a_signal_before_the_run_listens_is_no_failure(job: Job) -> None:
         assert job.attempt(None, told=True) == EXIT_AGAIN
 
 
-def test_bad_input_is_not_tried_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.attempt("bad input") == EXIT_FAILED
-    assert "not tried again: it was bad input" in capsys.readouterr().out
+@pytest.mark.parametrize("how", ["bad input", "diverged"])
+def test_what_would_end_the_same_way_is_not_tried_again(job: Job, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    assert job.attempt(how, 5, 5) == EXIT_FAILED
+    assert f"not tried again: it was {how}" in capsys.readouterr().out
 
 
 def test_the_same_step_that_fails_twice_ends_the_chain(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,11 +91,17 @@ def test_a_job_that_is_told_to_end_goes_on_to_the_same_curve(slurm: LocalSlurm, 
     assert found == expected
 
 
-def test_a_step_that_always_fails_ends_the_chain(slurm: LocalSlurm, tmp_path: Path) -> None:
+def test_a_job_that_fails_twice_alike_ends_the_chain(slurm: LocalSlurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # Any gradient is taken for infinite by a loss that overflows: the first skipped step ends the run.
-    job = submit(slurm, run, "optimizer.learning_rate=1e30", "train.max_skipped_steps=1")
+    job = submit(slurm, run, "launch.setup=['exit 9']")
     run_to_its_end(slurm, run, job)
-    attempts = read_attempts(run)
-    assert [attempt.how for attempt in attempts] == ["failed", "failed"], log(run, job)
-    assert "twice" in log(run, job) and json.loads(Path(attempts[0].ending).read_text())["how"] == "failed"
+    assert [attempt.how for attempt in read_attempts(run)] == ["lost", "lost"], log(run, job)
+    assert "before its first step twice" in log(run, job)
+
+
+def test_a_run_that_diverged_is_not_tried_again(slurm: LocalSlurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(slurm, run, "optimizer.learning_rate=1e30", "train.max_skipped_steps=1", "launch.check_nodes=false")
+    run_to_its_end(slurm, run, job)
+    assert [attempt.how for attempt in read_attempts(run)] == ["diverged"], log(run, job)
+    assert "not tried again: 1 steps in a row had no finite gradient" in log(run, job)
