@@ -85,3 +85,26 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
     finally:
         module.run_schedule = original
     return None
+
+
+def run_cut_in_a_save(raw: dict[str, Any], resume: str = "auto") -> None:
+    """Trains until the first shard of the first checkpoint is written, and leaves there what kill -9 would."""
+    from pretrain.checkpoint import shards
+
+    class Killed(BaseException):
+        """Nothing that a save would clean up after."""
+
+    original = shards.save_file
+
+    def cut(*arguments: Any, **options: Any) -> None:
+        original(*arguments, **options)
+        raise Killed
+
+    shards.save_file = cut
+    try:
+        train(parse_config(raw, "test"), resume)
+    except Killed:
+        return
+    finally:
+        shards.save_file = original
+    raise AssertionError("nothing was saved")
