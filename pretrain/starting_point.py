@@ -8,7 +8,7 @@ from data.dataset import Data
 from pretrain.checkpoint.directory import newest_checkpoint, resolve_checkpoint, step_directories
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import check_carried_states
-from pretrain.checkpoint.training import begins_a_run
+from pretrain.checkpoint.training import begins_a_run, check_state
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.observe.run_directory import RunDirectory
@@ -38,6 +38,7 @@ def choose_checkpoint(run: RunDirectory, data: Data, config: Config, resume: str
     if chosen is not None:
         with CheckpointReader(chosen) as reader:
             if not begins_a_run(reader):
+                check_state(reader)
                 _check_data(reader, data, config)
     return chosen
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,14 @@ def test_the_command_ends_with_its_own_code_whatever_comes_after_the_last_step(t
 @pytest.mark.slow
 def test_a_signal_before_training_begins_ends_the_process_and_the_next_start_is_the_first(tmp_path):
     config = write_config(tmp_path)
-    command = [sys.executable, "-m", "pretrain", "train", str(config), "train.steps=2"]
+    command = [sys.executable, "-m", "pretrain", "train", str(config), "train.steps=3"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    os.kill(process.pid, signal.SIGTERM)
+    while not (tmp_path / "run" / "environment.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGTERM
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert ended.returncode == EXIT_DONE, ended.stderr
-    assert set(curve(tmp_path / "run")) == {1, 2}
+    assert set(curve(tmp_path / "run")) == {1, 2, 3}
