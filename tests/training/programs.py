@@ -54,8 +54,14 @@ def run_with_broken_states(raw: dict[str, Any], broken_step: int, broken_rank: i
         StatesBetweenSteps.take = original
 
 
-def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], broken_rank: int) -> str | None:
-    """Trains while one rank's loss is NaN in some steps (counted from 1); returns what ended it, if anything."""
+def run_with_broken_gradients(
+    raw: dict[str, Any], broken_steps: list[int], broken_rank: int, value: str = "nan"
+) -> str | None:
+    """Trains while one rank has ``nan`` or ``inf`` among its gradients in some steps (counted from 1).
+
+    Returns:
+        What ended it, if anything.
+    """
     import torch.distributed as dist
 
     from pretrain import trainer as module
@@ -70,7 +76,7 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
         handle = None
         if calls in broken_steps and dist.get_rank() == broken_rank:
             parameter = next(decoder.layers.children()).mixer.input_gate_bias
-            handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, float(value)))
         try:
             return original(model, decoder, batches, device, **options)
         finally:
