@@ -40,7 +40,7 @@ _SHARD_NAME = re.compile(r"shard-[0-9]{5,}-[0-9]{4,}\.safetensors")
 # No halves of characters either, which no file can hold as text.
 _TENSOR_NAME = re.compile(r"[^|\x00-\x1f\x7f\ud800-\udfff]{1,1000}")
 _MOST_DIMENSIONS = 16
-_MOST_ELEMENTS = 2**53
+_MOST_ELEMENTS = 2**60
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Text = Annotated[str, Field(strict=True)]

@@ -80,7 +80,8 @@ def small_file_system(place: Path) -> Iterator[None]:
 def test_a_small_file_system_that_fills_up_and_a_log_without_room(tmp_path):
     """The command with its run on a disk that holds one checkpoint but not two, and its output on one that is full."""
     with small_file_system(tmp_path / "disk"):
-        config = write_config(tmp_path, run={"directory": str(tmp_path / "disk" / "run")}, train={"keep_last": 2})
+        run = {"directory": str(tmp_path / "disk" / "run")}
+        config = write_config(tmp_path, run=run, schedule={"warmup_steps": 0})
         first = pretrain("train", config, "train.steps=1")
         assert first.returncode == EXIT_DONE, first.stderr
         checkpoints = tmp_path / "disk" / "run" / "checkpoints"
@@ -103,7 +104,8 @@ def test_a_small_file_system_that_fills_up_and_a_log_without_room(tmp_path):
 @pytest.mark.slow
 def test_a_run_directory_that_may_only_be_read_from_is_refused_by_name(tmp_path):
     with small_file_system(tmp_path / "disk"):
-        config = write_config(tmp_path, run={"directory": str(tmp_path / "disk" / "run")})
+        run = {"directory": str(tmp_path / "disk" / "run")}
+        config = write_config(tmp_path, run=run, schedule={"warmup_steps": 0})
         assert pretrain("train", config, "train.steps=1").returncode == EXIT_DONE
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
         ended = pretrain("train", config, "train.steps=4")
