@@ -78,7 +78,13 @@ def test_it_would_be_seen(source: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["torch.load(path, weights_only=True)", "yaml.safe_load(text)", "model.eval()", "re.compile(text)", "np.load(path)"],
+    [
+        "torch.load(path, weights_only=True)",
+        "yaml.safe_load(text)",
+        "model.eval()",
+        "re.compile(text)",
+        "np.load(path)",
+    ],
 )
 def test_what_is_harmless_is_let_pass(source: str) -> None:
     assert list(findings(ast.parse(source))) == []

@@ -154,7 +154,10 @@ def check_piece(piece: PieceRecord) -> None:
     if not _TENSOR_NAME.fullmatch(piece.name):
         raise ValueError(f"{label}: a name has 1 to 1000 characters, no '|' and no control characters")
     # Of a tensor without elements, too, sizes must be those of one that could be.
-    if len(piece.full_shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in piece.full_shape) > _MOST_ELEMENTS:
+    if (
+        len(piece.full_shape) > _MOST_DIMENSIONS
+        or math.prod(max(size, 1) for size in piece.full_shape) > _MOST_ELEMENTS
+    ):
         raise ValueError(f"{label}: no tensor has the shape {_shown(piece.full_shape)}")
     if piece.dimension is None:
         if piece.length is not None or piece.offset != 0:

@@ -207,7 +207,9 @@ def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str
         moments = {}
         for kind in MOMENTS:
             if reader.shape(name, kind) != reader.shape(name):
-                raise InputError(f"{reader.path}: {kind} of {name!r} has another shape than its weight; use another one")
+                raise InputError(
+                    f"{reader.path}: {kind} of {name!r} has another shape than its weight; use another one"
+                )
             if dimension is None:
                 moments[kind] = reader.read(name, kind)
             else:

@@ -1,4 +1,4 @@
-"""YAML from people and from strangers: mappings, lists and scalars of bounded size, or one sentence. Imports no torch."""
+"""YAML from people and from strangers: plain values of bounded size, or one sentence. Imports no torch."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def own():
 
 def pieces(count):
     for index in range(count):
-        yield TensorPiece(f"w{{index}}", "weight", torch.full(({TENSOR * MIB // 4},), float(index)), ({TENSOR * MIB // 4},))
+        shape = ({TENSOR * MIB // 4},)
+        yield TensorPiece(f"w{{index}}", "weight", torch.full(shape, float(index)), shape)
 
 torch.set_num_threads(1)
 directory = Path(sys.argv[2])

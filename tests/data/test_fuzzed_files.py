@@ -68,7 +68,9 @@ def test_a_manifest_of_anything(examples: int, tmp_path: Path) -> None:
     outside.write_bytes(b"secret")
     prepare_into(directory, text_config(write_texts(tmp_path / "texts")))
     sound = json.loads((directory / MANIFEST_FILE).read_bytes())
-    names = st.sampled_from(["../outside", "..", ".", str(outside), MANIFEST_FILE, *(f.name for f in directory.iterdir())])
+    names = st.sampled_from(
+        ["../outside", "..", ".", str(outside), MANIFEST_FILE, *(f.name for f in directory.iterdir())]
+    )
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(changed(sound, JSON_VALUES | names))

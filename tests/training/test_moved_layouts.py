@@ -1,4 +1,4 @@
-"""Every family moves between layouts with its optimizer's state, and runs in bfloat16 do: the curve is the unbroken one.
+"""Every family moves between layouts with its optimizer's state, also in bfloat16: the curve is the unbroken one.
 
 Models of routed experts are in ``test_resume_experts.py``, states that rows go on with in ``test_carried_states.py``.
 """
