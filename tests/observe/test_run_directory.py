@@ -227,6 +227,8 @@ SAFE_TO_CHANGE = {
     *(f"train.{name}" for name in ("checkpoint_mode", "keep_last", "keep_every", "log_every", "hang_seconds")),
     "train.max_skipped_steps",
     "wandb",
+    "launch",
+    "distillation",
     *(f"data.{name}" for name in ("cache_directory", "mixture", "curriculum", "source.path", "source.path_prefix")),
     "data.source.held_out_path_prefix",
 }
