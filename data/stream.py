@@ -11,6 +11,7 @@ left out.
 from __future__ import annotations
 
 import bisect
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -123,10 +124,17 @@ class StreamedSamples(SourceSamples):
             return asdict(self._starts[place]) | {"begin": self._begins[place]}
 
     def go_on(self, bookmark: dict[str, Any]) -> None:
+        """Takes a bookmark that another process made. Raises ``DataError`` for one that says no place."""
+        numbers = [bookmark.get(name) for name in ("begin", "epoch", "number")]
+        if "cursor" not in bookmark or not all(type(number) is int and number >= 0 for number in numbers):
+            raise DataError(
+                f"the bookmark {json.dumps(bookmark)[:200]} says no place in a stream (begin, epoch and number, from 0,"
+                " and cursor); it was damaged: use another checkpoint."
+            )
         with self._lock:
             self._close_blocks()
-            self._begins = [bookmark["begin"]]
-            self._starts = [BlockStart(bookmark["epoch"], bookmark["number"], bookmark["cursor"])]
+            self._begins = numbers[:1]
+            self._starts = [BlockStart(numbers[1], numbers[2], bookmark["cursor"])]
 
     def close(self) -> None:
         with self._lock:

@@ -78,7 +78,7 @@ def train(
             raise InputError(f"{config}: {problem}")
         from pretrain.train import train as run_training
 
-        outcome = run_training(loaded, resume)
+        outcome = run_training(loaded, resume, process_ends=True)
     how = "stopped" if outcome.stopped_by_signal else "done"
     say_ending(how, f"step {outcome.step} of {loaded.train.steps}")
     # Launchers take any other code for a crash, and kill what has still to end on other nodes.

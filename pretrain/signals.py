@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,9 +17,15 @@ class StopRequest:
 
     A second Ctrl-C, given on purpose (later than the copy that a launcher passes on), interrupts at once.
     After leaving, the earlier handlers are back.
+
+    Args:
+        process_ends: whether the process ends once this is left without an error. Then signals are ignored to its end:
+            all is saved, and one that comes late (a batch system's warning, say) must not replace the exit code. Python
+            itself would put back the system's own handlers, which end the process, before it has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, process_ends: bool = False) -> None:
+        self.process_ends = process_ends
         self.received: signal.Signals | None = None
         self._when = 0.0
         self._earlier: dict[signal.Signals, object] = {}
@@ -29,9 +35,11 @@ class StopRequest:
             self._earlier[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.process_ends and kind is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -30,10 +30,14 @@ def _is_due(every: int, step: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def train(config: Config, resume: str = "auto") -> Outcome:
+def train(config: Config, resume: str = "auto", process_ends: bool = False) -> Outcome:
     """Trains until ``train.steps`` or a signal; saves at the end either way.
 
     A checkpoint that is still being written when training ends is waited for, whatever ended it.
+
+    Args:
+        resume: see ``Trainer``.
+        process_ends: whether the process ends with the run, so that signals that come afterwards are ignored.
 
     Raises:
         InputError, DataError: what was given does not fit together, or the data could not be read on; then the
@@ -45,7 +49,7 @@ def train(config: Config, resume: str = "auto") -> Outcome:
     trainer = Trainer(config, resume)
     settings, position = config.train, trainer.position
     with (
-        StopRequest() as stop,
+        StopRequest(process_ends) as stop,
         contextlib.closing(trainer),
         trainer.watchdog,
         trainer.observer as observer,

@@ -13,9 +13,8 @@ from data.mixture import Phase
 from data.order import rank_share
 from data.read_ahead import ReadAhead
 from data.samples import MixtureSamples
-from pretrain.checkpoint.directory import newest_checkpoint, resolve_checkpoint
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.checkpoint.recurrent_states import check_carried_states, restore_states
+from pretrain.checkpoint.recurrent_states import restore_states
 from pretrain.checkpoint.saver import CheckpointSaver
 from pretrain.checkpoint.training import (
     TrainingPosition,
@@ -41,6 +40,7 @@ from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology, build_topology
 from pretrain.plan import device_peak_flops_per_second
+from pretrain.starting_point import choose_checkpoint
 
 
 class Trainer:
@@ -50,8 +50,8 @@ class Trainer:
         """Opens the run.
 
         Args:
-            resume: ``auto`` goes on from the newest complete checkpoint, if any; ``never`` starts anew; any
-                other text is the path of a checkpoint to start from.
+            resume: ``auto`` goes on from the newest complete checkpoint, or else from what the run began with;
+                ``never`` starts anew; any other text is the path of a checkpoint to start from.
 
         Raises:
             InputError, DataError: what was given does not fit together; nothing has been computed yet.
@@ -74,8 +74,8 @@ class Trainer:
 
     def _open(self, resume: str) -> None:
         config = self.config
-        start_from = on_main_rank(lambda: self._choose_checkpoint(resume))
-        changed = on_main_rank(lambda: self.run.prepare(config, resume))
+        start_from = on_main_rank(lambda: choose_checkpoint(self.run, self.data, config, resume))
+        changed = on_main_rank(lambda: self.run.prepare(config, resume, start_from))
 
         model = build_model(config)
         begins = False
@@ -118,39 +118,6 @@ class Trainer:
                 f"{needed} ids; set model.vocab_size to at least {-(-needed // 8) * 8}"
             )
         return data
-
-    def _choose_checkpoint(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        newest = newest_checkpoint(self.run.checkpoints, verify_checksums=True)
-        if resume == "auto":
-            chosen = newest
-        else:
-            chosen = resolve_checkpoint(Path(resume)).resolve()
-            if newest is not None and chosen.parent == newest.resolve().parent and chosen != newest.resolve():
-                raise InputError(
-                    f"--resume {resume}: {newest} is newer, and two histories cannot share a run directory; give "
-                    f"another run.directory, or move the newer checkpoints away"
-                )
-        if chosen is not None:
-            with CheckpointReader(chosen) as reader:
-                if not begins_a_run(reader):
-                    self._check_data(reader)
-        return chosen
-
-    def _check_data(self, reader: CheckpointReader) -> None:
-        check_carried_states(reader, self.config)
-        differs = "source files, tokenizer, data.sequence_length or train.seed differ"
-        changed = reader.state.get("data_fingerprint") != self.data.fingerprint
-        # A source that is new, or that takes no further part, changes nothing of what was read.
-        for name, recorded in reader.state.get("source_fingerprints", {}).items():
-            if not changed and self.data.source_fingerprints.get(name, recorded) != recorded:
-                changed, differs = True, f"the documents of data.mixture.{name} differ"
-        if changed:
-            raise InputError(
-                f"{reader.path}: was trained on other data than this configuration gives ({differs}), so the order "
-                f"of samples cannot go on; restore them, or start anew in another run.directory"
-            )
 
     def _begin(self, model: object, reader: CheckpointReader) -> None:
         """Starts with imported weights."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.checkpoint.directory import (
     CHECKPOINTS_DIRECTORY,
+    is_step_directory,
     read_listed_manifest,
     resolve_checkpoint,
     step_directories,
@@ -51,10 +52,13 @@ def describe_all(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a directory; give a run directory or its {CHECKPOINTS_DIRECTORY}/")
-    if (path / MANIFEST_FILE).exists():
+    if (path / MANIFEST_FILE).exists() or is_step_directory(path):
         return [{**_summary(path, read_manifest(path)), "problem": None}]
     rows: list[dict[str, Any]] = []
-    for step, directory in step_directories(path / CHECKPOINTS_DIRECTORY) or step_directories(path):
+    found = step_directories(path / CHECKPOINTS_DIRECTORY) or step_directories(path)
+    if not found:
+        raise InputError(f"{path} holds no checkpoint yet; a save that did not finish is none")
+    for step, directory in found:
         try:
             manifest = read_listed_manifest(step, directory)
         except InputError as error:
@@ -67,12 +71,18 @@ def describe_all(path: Path) -> list[dict[str, Any]]:
 def verify(path: Path) -> dict[str, Any]:
     """Read every byte of a checkpoint and compare it with its checksums; the result is its ``describe``.
 
+    Of a run the newest is meant, whole or not: a resume would pass over a broken one, but here it must be told.
+
     Raises:
         InputError: naming the damaged files.
     """
     from pretrain.checkpoint.reader import CheckpointReader
 
-    checkpoint = resolve_checkpoint(path)
+    path = Path(path)
+    found = step_directories(path / CHECKPOINTS_DIRECTORY) or step_directories(path)
+    checkpoint = found[-1][1] if found else resolve_checkpoint(path)
+    if found:
+        read_listed_manifest(*found[-1])
     with CheckpointReader(checkpoint) as reader:
         reader.verify()
     return describe(checkpoint)

@@ -32,6 +32,11 @@ def temporary_name(step: int) -> str:
     return f"tmp-{checkpoint_name(step)}"
 
 
+def is_step_directory(path: Path) -> bool:
+    """Whether a directory is named like a checkpoint, complete or not."""
+    return _STEP_NAME.fullmatch(path.name) is not None
+
+
 def step_directories(run_checkpoints: Path) -> list[tuple[int, Path]]:
     """(step, path) of every directory named like a checkpoint, complete or not, in order of step."""
     run_checkpoints = Path(run_checkpoints)
@@ -127,7 +132,7 @@ def resolve_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a directory; give a run directory or one of its checkpoints")
-    if (path / MANIFEST_FILE).exists() or _STEP_NAME.fullmatch(path.name):
+    if (path / MANIFEST_FILE).exists() or is_step_directory(path):
         read_manifest(path)
         return path
     for candidate in (path / CHECKPOINTS_DIRECTORY, path):

@@ -37,9 +37,12 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "state")
 BYTES_PER_ELEMENT = {"float32": 4}
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,}-[0-9]{4,}\.safetensors")
-_TENSOR_NAME = re.compile(r"[^|\x00-\x1f\x7f]{1,1000}")
+# No halves of characters either, which no file can hold as text.
+_TENSOR_NAME = re.compile(r"[^|\x00-\x1f\x7f\ud800-\udfff]{1,1000}")
+_MOST_DIMENSIONS = 16
+_MOST_ELEMENTS = 2**60
 
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Text = Annotated[str, Field(strict=True)]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
@@ -150,6 +153,12 @@ def check_piece(piece: PieceRecord) -> None:
     label = f"tensor {piece.name!r} ({piece.kind})"
     if not _TENSOR_NAME.fullmatch(piece.name):
         raise ValueError(f"{label}: a name has 1 to 1000 characters, no '|' and no control characters")
+    # Of a tensor without elements, too, sizes must be those of one that could be.
+    if (
+        len(piece.full_shape) > _MOST_DIMENSIONS
+        or math.prod(max(size, 1) for size in piece.full_shape) > _MOST_ELEMENTS
+    ):
+        raise ValueError(f"{label}: no tensor has the shape {_shown(piece.full_shape)}")
     if piece.dimension is None:
         if piece.length is not None or piece.offset != 0:
             raise ValueError(f"{label}: a whole tensor has offset 0 and no length")
@@ -162,6 +171,10 @@ def check_piece(piece: PieceRecord) -> None:
             f"{label}: the slice {piece.offset}..{end} is empty or exceeds dimension {piece.dimension} "
             f"of shape {list(piece.full_shape)}"
         )
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return f"{list(shape[:8])}" if len(shape) <= 8 else f"{list(shape[:8])} and {len(shape) - 8} more dimensions"
 
 
 def check_cover(pieces: Iterable[PieceRecord]) -> None:
@@ -251,7 +264,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(
             f"{path} has format version {body.get('version')!r}; this program reads version {FORMAT_VERSION}"
         )
-    if body.pop("checksum", None) != manifest_checksum(body):
+    try:
+        intact = body.pop("checksum", None) == manifest_checksum(body)
+    except RecursionError:
+        intact = False
+    if not intact:
         raise InputError(f"{path} does not match its own checksum: damaged or edited; use an earlier one")
     try:
         manifest = Manifest.model_validate(body)

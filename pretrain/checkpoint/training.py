@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from pretrain.checkpoint.format import STATE_FILE, Count
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import state_pieces
 from pretrain.checkpoint.shards import TensorPiece
@@ -112,27 +114,79 @@ def state_of_import(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]
     return {"config": config.model_dump(mode="json"), "position": asdict(TrainingPosition()), "imported_from": origin}
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _StoredPosition(_Strict):
+    model_config = ConfigDict(extra="forbid")
+
+    step: Count
+    samples: Count
+    tokens: Count
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+
+
+class _StoredConfig(_Strict):
+    train: dict[str, Any]
+
+
+class _StoredPhase(_Strict):
+    first: Count
+    weights: dict[str, float]
+
+
+class _StoredRun(_Strict):
+    """What a start reads of ``state.json`` before it computes anything; later programs may add to it."""
+
+    config: _StoredConfig
+    position: _StoredPosition
+    data_fingerprint: str
+    bookmarks: dict[str, dict[str, Any]] = {}
+    source_fingerprints: dict[str, str] = {}
+    mixture_phases: list[_StoredPhase] = []
+    random_state: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
+
+
+def check_state(reader: CheckpointReader) -> None:
+    """Raises ``InputError`` unless the state that ``reader``'s checkpoint holds is one that training can go on with."""
+    try:
+        _StoredRun.model_validate(reader.state)
+        _generator_state(reader)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{reader.path / STATE_FILE}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; training cannot go on "
+            f"from it, use another checkpoint"
+        ) from None
+    except RuntimeError as error:
+        raise InputError(
+            f"{reader.path / STATE_FILE}: random_state is none of torch's generator ({error}); use another checkpoint"
+        ) from None
+
+
+def _generator_state(reader: CheckpointReader) -> Tensor:
+    """The state of torch's CPU generator; ``RuntimeError`` unless torch takes it."""
+    stored = torch.frombuffer(bytearray.fromhex(reader.state["random_state"]), dtype=torch.uint8).clone()
+    torch.Generator().set_state(stored)
+    return stored
+
+
 def begins_a_run(reader: CheckpointReader) -> bool:
     """Whether a checkpoint is imported: weights alone, with no moments, no data and no random state to go on with."""
     return "imported_from" in reader.state
 
 
 def read_position(reader: CheckpointReader) -> TrainingPosition:
-    """Where the run stood when ``reader``'s checkpoint was written.
-
-    Raises:
-        InputError: the checkpoint was not written by a training run.
-    """
-    try:
-        return TrainingPosition(**reader.state["position"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{reader.path}: holds no training position ({error}), so training cannot resume") from None
+    """Where the run stood when ``reader``'s checkpoint was written; ``check_state`` has looked at it."""
+    return TrainingPosition(**reader.state["position"])
 
 
 def restore_random_state(reader: CheckpointReader) -> None:
     """Puts back the state of torch's CPU generator."""
-    stored = bytearray.fromhex(reader.state["random_state"])
-    torch.set_rng_state(torch.frombuffer(stored, dtype=torch.uint8).clone())
+    torch.set_rng_state(_generator_state(reader))
 
 
 def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -152,6 +206,10 @@ def read_moments(reader: CheckpointReader, engine: Engine) -> Iterator[tuple[str
         dimension, shape = parameter.spec.shard_dimension, engine.shapes[name]
         moments = {}
         for kind in MOMENTS:
+            if reader.shape(name, kind) != reader.shape(name):
+                raise InputError(
+                    f"{reader.path}: {kind} of {name!r} has another shape than its weight; use another one"
+                )
             if dimension is None:
                 moments[kind] = reader.read(name, kind)
             else:

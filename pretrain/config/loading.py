@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig
 from pretrain.config.schema import Config
+from pretrain.config.yaml_text import read_yaml
 from pretrain.errors import InputError
 
 
@@ -84,20 +85,20 @@ def dump_config(config: Config) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...]) -> Any:
-    resolved = path.resolve()
-    if resolved in above:
-        raise InputError(f"{path}: its 'base' files lead back to itself; take one of them out")
     try:
+        resolved = path.resolve()
+        if resolved in above:
+            raise InputError(f"{path}: its 'base' files lead back to itself; take one of them out")
         text = path.read_text()
     except FileNotFoundError:
         named = f" (named under 'base' in {above[-1]})" if above else ""
         raise InputError(f"{path}: no such configuration file{named}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a text file ({error})") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: must hold a mapping of keys to values, but holds {type(raw).__name__}")
     bases = raw.pop("base", [])
@@ -131,9 +132,9 @@ def _apply_overrides(merged: Any, overrides: Sequence[str]) -> Any:
         if not separator or not key:
             raise InputError(f"override '{override}': expected key=value, for instance train.steps=100")
         try:
-            parsed = _exponents_as_numbers(yaml.safe_load(value))
+            parsed = _exponents_as_numbers(read_yaml(value))
             OmegaConf.update(merged, key, parsed, merge=True, force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise InputError(f"override '{override}': cannot be applied ({' '.join(str(error).split())})") from None
     return merged
 

@@ -17,8 +17,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pretrain.errors import InputError
 
@@ -51,6 +52,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends to a metrics file; every line is handed to the operating system before ``append`` returns.
 
+    Lines that cannot be written (a full disk) are kept in memory, and tried again with each further line.
+
     A last line that a killed process left half written is taken off when the file is opened. Before a resumed
     run goes on, call :meth:`truncate_after` with the step of its checkpoint.
 
@@ -63,7 +66,11 @@ class MetricsLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._last_step = _mend_end(self.path)
+        try:
+            self._last_step = _mend_end(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        self._unwritten = bytearray()
         self._file = self._open()
 
     def append(self, metrics: Mapping[str, Any]) -> None:
@@ -75,6 +82,7 @@ class MetricsLog:
 
         Raises:
             ValueError: for a step that stands already, or a value that is not a number.
+            OSError: the system does not take the line now; it is not lost.
         """
         step = int(metrics["step"])
         if self._last_step is not None and step <= self._last_step:
@@ -90,9 +98,9 @@ class MetricsLog:
         record.update(dict.fromkeys(not_finite))
         if {"loss", "grad_norm"} & set(not_finite) and not record.get("skipped"):
             record["skipped"] = True
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         self._last_step = step
+        self._write_out()
 
     def truncate_after(self, step: int) -> int:
         """Drop, in one atomic replacement, the lines of steps beyond ``step``, which a killed run left.
@@ -110,12 +118,29 @@ class MetricsLog:
         return len(lines) - len(kept)
 
     def sync(self) -> None:
-        """Force the lines to disk; call it before a checkpoint is saved, so that it never outlives them."""
+        """Force the lines to disk; call it before a checkpoint is saved, so that it never outlives them.
+
+        Raises:
+            OSError: the system does not take all of them now; none is lost.
+        """
+        self._write_out()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; nothing can be logged afterwards."""
-        self._file.close()
+        """Close the file; nothing can be logged afterwards.
+
+        Raises:
+            OSError: the last lines cannot be written, and are lost.
+        """
+        try:
+            self._write_out()
+        finally:
+            self._file.close()
+
+    def _write_out(self) -> None:
+        while self._unwritten:
+            # A full disk may take half a line; the rest follows where it ended.
+            del self._unwritten[: self._file.write(self._unwritten)]
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -123,9 +148,9 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         try:
-            return self.path.open("ab")
+            return self.path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
 

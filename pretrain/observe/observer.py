@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from pretrain.config.schema import Config
+from pretrain.errors import InputError, TrainingError
 from pretrain.observe.metrics import MetricsLog
 from pretrain.observe.progress import Progress
 from pretrain.observe.run_directory import RunDirectory
@@ -41,17 +42,22 @@ class Observer:
         self._flops_per_token: dict[int, float] = {}
         self.pending: dict[str, object] = {}
         self.failed_checkpoints = 0
+        self._log_is_behind = False
         self._began = 0.0
 
     def open(self) -> None:
         """Opens what is written to; on rank 0 only.
 
         Raises:
-            InputError: earlier metrics are damaged, or Weights & Biases cannot be used as configured.
+            InputError: earlier metrics are damaged or cannot be written, or Weights & Biases cannot be used as
+                configured.
         """
         config = self.config
         self.metrics = MetricsLog(self.run.metrics_file)
-        self.metrics.truncate_after(self.first_step)
+        try:
+            self.metrics.truncate_after(self.first_step)
+        except OSError as error:
+            raise InputError(f"{self.run.metrics_file} cannot be written: {error.strerror or error}") from None
         self.wandb = WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")) if config.wandb else None
         self.progress = Progress(config.train.steps, self.first_step, config.train.log_every)
 
@@ -65,10 +71,17 @@ class Observer:
     ) -> None:
         if self.is_main:
             self.flush()
+            lost = None
+            try:
+                self.metrics.close()
+            except OSError as failure:
+                lost = f"{self.run.metrics_file}: its last lines could not be written: {failure.strerror or failure}"
+                self.message(lost)
             self.progress.__exit__(kind, error, trace)
-            self.metrics.close()
             if self.wandb:
                 self.wandb.close()
+            if lost and kind is None:
+                raise TrainingError(lost)
 
     def message(self, text: str) -> None:
         """One line for whoever watches."""
@@ -151,13 +164,29 @@ class Observer:
     def flush(self) -> None:
         """Writes the figures of the last step, once all of them are there."""
         if self.is_main and self.pending:
-            self.metrics.append(self.pending)
+            self._log(lambda: self.metrics.append(self.pending))
             if self.wandb:
                 self.wandb.log(int(self.pending["step"]), self.pending)
             self.pending = {}
 
     def sync(self) -> None:
-        """Makes the metrics so far durable: a checkpoint must never be newer than its log."""
+        """Makes the metrics so far durable: a checkpoint must not be newer than its log, unless the disk is full."""
         self.flush()
         if self.is_main:
-            self.metrics.sync()
+            self._log(self.metrics.sync)
+
+    def _log(self, write: Callable[[], None]) -> None:
+        """Says once that the log falls behind, and once that it has caught up; training goes on meanwhile."""
+        try:
+            write()
+        except OSError as error:
+            if not self._log_is_behind:
+                self.message(
+                    f"{self.run.metrics_file} CANNOT BE WRITTEN ({error.strerror or error}): training goes on, and its "
+                    f"lines are kept in memory until they can be"
+                )
+            self._log_is_behind = True
+            return
+        if self._log_is_behind:
+            self.message(f"{self.run.metrics_file} is written again, with the lines that were kept")
+        self._log_is_behind = False

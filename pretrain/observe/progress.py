@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -30,6 +31,9 @@ class _BarWithNumbers(rich_progress.Progress):
 
 class Progress:
     """Shows the steps of a run; only rank 0 makes one. A context manager.
+
+    What cannot be shown (a log on a full disk, a terminal that is gone) is left out: it must not end training, and
+    ``metrics.jsonl`` has it too.
 
     Args:
         total_steps: steps of the whole run.
@@ -70,7 +74,7 @@ class Progress:
                 expand=True,
             )
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, eta="-")
-            self._bar.start()
+            self._show(self._bar.start)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a step that is done.
@@ -86,7 +90,7 @@ class Progress:
             now = self._clock()
             if now - self._refreshed >= _SECONDS_BETWEEN_REFRESHES or step >= self._total:
                 self._refreshed = now
-                self._bar.refresh()
+                self._show(self._bar.refresh)
             return
         line = "  ".join([f"step {step}/{self._total}", *_numbers(metrics), f"eta {self._eta(step)}"])
         due = step % self._log_every == 0 or step == self._first or step >= self._total
@@ -113,9 +117,11 @@ class Progress:
         """Show the last step that was not shown yet, and leave the terminal as it was. May be called twice."""
         self._print_pending()
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
+            self._show(self._bar.refresh)
+            self._show(self._bar.stop)
             self._bar = None
+        if not self._show(self._stream.flush):
+            _drop_output(self._stream)
 
     def __enter__(self) -> Progress:
         return self
@@ -130,9 +136,17 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._show(lambda: self._bar.console.print(text))
         else:
-            print(text, file=self._stream, flush=True)
+            self._show(lambda: print(text, file=self._stream, flush=True))
+
+    def _show(self, write: Callable[[], object]) -> bool:
+        """Whether it could be written."""
+        try:
+            write()
+        except OSError:
+            return False
+        return True
 
     def _eta(self, step: int) -> str:
         """Time left at the speed of the latest steps, as ``h:mm:ss``."""
@@ -141,6 +155,15 @@ class Progress:
             return "-"
         seconds = (last_time - first_time) / (last_step - first_step) * max(0, self._total - step)
         return str(timedelta(seconds=round(seconds)))
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Lets go of what a stream has not written, or Python ends with an exit code of its own because of it."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(descriptor, stream.fileno())
+    finally:
+        os.close(descriptor)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[str]:

@@ -96,7 +96,15 @@ class RunDirectory:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"
 
-    def prepare(self, config: Config, resume: str) -> dict[str, tuple[Any, Any]]:
+    def began_with(self) -> Path | None:
+        """The checkpoint of another run, or of an import, that this run began with; None where with fresh weights.
+
+        Until the run has a checkpoint of its own, this is what a start goes on from.
+        """
+        began_with = self._stored_environment().get("began_with")
+        return Path(began_with) if isinstance(began_with, str) else None
+
+    def prepare(self, config: Config, resume: str, start_from: Path | None = None) -> dict[str, tuple[Any, Any]]:
         """Make the directory ready to train in, or refuse it; call it on rank 0 alone.
 
         Takes the directory for this process until it ends (or :meth:`release`), writes the resolved
@@ -106,6 +114,7 @@ class RunDirectory:
         Args:
             config: the resolved configuration.
             resume: ``auto``, ``never``, or the path of a checkpoint.
+            start_from: the checkpoint that is meant, if any.
 
         Returns:
             The dotted keys that changed since the earlier start, with ``(old, new)``; they are also kept in
@@ -119,7 +128,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             try:
-                return self._prepare_locked(config, resume)
+                return self._prepare_locked(config, resume, start_from)
             except BaseException:
                 self.release()
                 raise
@@ -136,7 +145,7 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _prepare_locked(self, config: Config, resume: str) -> dict[str, tuple[Any, Any]]:
+    def _prepare_locked(self, config: Config, resume: str, start_from: Path | None) -> dict[str, tuple[Any, Any]]:
         self._remove_temporaries()
         self._refuse_what_is_not_a_run()
         changed: dict[str, tuple[Any, Any]] = {}
@@ -147,9 +156,13 @@ class RunDirectory:
                 )
             changed = changed_keys(self._stored_config(), config.model_dump(mode="json"))
             if self._has_started():
-                self._refuse_another_run(changed, resume)
+                self._refuse_another_run(changed, resume, start_from)
+        began_with = self.began_with()
+        if start_from is not None and not self._holds(start_from):
+            began_with = start_from.resolve()
+        # Before the configuration, or a start that is killed between the two has forgotten what it began with.
+        self._write_environment(changed, began_with)
         replace_file(self.config_file, dump_config(config).encode())
-        self._write_environment(changed)
         self.checkpoints.mkdir(exist_ok=True)
         return changed
 
@@ -186,8 +199,10 @@ class RunDirectory:
     def _refuse_what_is_not_a_run(self) -> None:
         if self.config_file.exists():
             return
-        # A job that is to run here has its script in it already.
-        found = sorted(entry.name for entry in self.path.iterdir() if entry.name != LAUNCH_DIRECTORY)
+        # A job that is to run here has its script in it already, and a start that was killed before it wrote a
+        # configuration leaves its environment alone.
+        expected = (LAUNCH_DIRECTORY, self.environment_file.name)
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in expected)
         if found:
             shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise InputError(
@@ -200,10 +215,21 @@ class RunDirectory:
             logged = self.metrics_file.stat().st_size > 0
         except FileNotFoundError:
             logged = False
-        return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return logged or self._holds_checkpoints()
 
-    def _refuse_another_run(self, changed: dict[str, tuple[Any, Any]], resume: str) -> None:
-        if resume != "auto" and self.path.resolve() not in Path(resume).resolve().parents:
+    def _holds_checkpoints(self) -> bool:
+        """Whether any was ever saved; what a killed save left is none."""
+        return self.checkpoints.is_dir() and any(
+            not entry.name.startswith("tmp-") for entry in self.checkpoints.iterdir()
+        )
+
+    def _holds(self, checkpoint: Path) -> bool:
+        return self.path.resolve() in checkpoint.resolve().parents
+
+    def _refuse_another_run(self, changed: dict[str, tuple[Any, Any]], resume: str, start_from: Path | None) -> None:
+        same_begin = start_from is not None and start_from.resolve() == self.began_with()
+        begins_again = same_begin and not self._holds_checkpoints()
+        if resume != "auto" and not self._holds(Path(resume)) and not begins_again:
             raise InputError(
                 f"{self.path} already holds a run, and --resume {resume} is a checkpoint of another; continue this "
                 f"one with --resume auto, or give another run.directory"
@@ -230,17 +256,26 @@ class RunDirectory:
             # Written under another schema: compared as it stands, so that a key gone since is named.
             return raw
 
-    def _write_environment(self, changed: dict[str, tuple[Any, Any]]) -> None:
-        earlier: list[Any] = []
+    def _stored_environment(self) -> dict[str, Any]:
+        """What the latest start wrote; empty where there was none, or where it is damaged, which is reported."""
         try:
             stored = json.loads(self.environment_file.read_text())
-            earlier = [*stored.pop("earlier_starts", []), stored]
         except FileNotFoundError:
-            logger.debug("%s: first start", self.path)
-        except (ValueError, AttributeError):
+            return {}
+        except (ValueError, RecursionError):
+            stored = None
+        if not isinstance(stored, dict) or not isinstance(stored.get("earlier_starts", []), list):
             logger.warning("%s is damaged; the environments of earlier starts are lost", self.environment_file)
+            return {}
+        return stored
+
+    def _write_environment(self, changed: dict[str, tuple[Any, Any]], began_with: Path | None) -> None:
+        stored = self._stored_environment()
+        earlier = stored.pop("earlier_starts", [])
+        earlier += [stored] if stored else []
         content = {
             **describe_environment(),
+            "began_with": None if began_with is None else str(began_with),
             "changed_configuration": {key: {"old": old, "new": new} for key, (old, new) in changed.items()},
             "earlier_starts": earlier,
         }

@@ -7,6 +7,7 @@ heartbeat to the run directory, so that a process can tell of the others which a
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -81,7 +82,10 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
             self._since = time.monotonic()
-            self.heartbeats.mkdir(parents=True, exist_ok=True)
+            try:
+                self.heartbeats.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self._say(f"cannot write heartbeats: {error.strerror or error}")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -151,7 +155,9 @@ class Watchdog:
         return found
 
     def _say(self, text: str) -> None:
-        print(f"watchdog: {text}", file=sys.stderr, flush=True)
+        # Nor may a log that cannot be written keep a process that hangs from its end.
+        with contextlib.suppress(OSError):
+            print(f"watchdog: {text}", file=sys.stderr, flush=True)
 
 
 def describe(own: Heartbeat, beats: dict[int, Heartbeat], world_size: int, stale: float) -> str:

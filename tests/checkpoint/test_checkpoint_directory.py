@@ -139,6 +139,25 @@ def test_verify_names_the_damaged_file(steps):
         verify(steps.parent)
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "shard-00000-0000.safetensors"])
+def test_verify_of_a_run_tells_of_its_newest_though_an_earlier_one_is_whole(steps, file):
+    (steps / "step-00000250" / file).unlink()
+    assert resolve_checkpoint(steps.parent).name == "step-00000200"
+    for path in (steps.parent, steps, steps / "step-00000250"):
+        with pytest.raises(InputError, match=rf"step-00000250/{file} is missing"):
+            verify(path)
+    assert verify(steps / "step-00000200")["step"] == 200
+
+
+def test_listing_says_where_there_is_nothing_to_list(steps, tmp_path):
+    shutil.copytree(steps / "step-00000050", tmp_path / "other" / "checkpoints" / "tmp-step-00000050")
+    with pytest.raises(InputError, match="other holds no checkpoint yet; a save that did not finish is none"):
+        describe_all(tmp_path / "other")
+    (steps / "step-00000250" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="manifest.json is missing"):
+        describe_all(steps / "step-00000250")
+
+
 def test_saving_the_same_point_again_leaves_and_reports_it(checkpoint, run_checkpoints, tensors, caplog, state):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 

@@ -137,3 +137,15 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     progress.update(1, METRICS)
     progress.close()
     assert stream.getvalue().startswith("step 1/10  loss") and "\x1b" not in stream.getvalue()
+
+
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    # Every write to this device fails for want of room, as on a full disk.
+    with open("/dev/full", "w") as stream:
+        progress = Progress(3, stream=stream)
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0})
+            progress.message("a line" * 1000)
+        progress.evaluation(3, 1.0)
+        progress.close()
+        progress.close()

@@ -188,6 +188,79 @@ def test_a_second_job_is_refused_until_the_first_one_ends(path: Path) -> None:
     assert other_process() == "taken"
 
 
+_HOLDS_A_RUN = """
+import sys, time
+from pretrain.observe.run_directory import RunDirectory
+from tests.configurations import tiny_config
+run = RunDirectory(sys.argv[1])
+run.prepare(tiny_config(), "auto")
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_live_jobs_are_refused_and_the_lock_of_a_dead_one_is_taken_over(path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", _HOLDS_A_RUN, str(path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(InputError, match="in use by another job; wait until it ends or stop it"):
+            start(path, tiny_config())
+    finally:
+        process.kill()
+        process.communicate()
+    # It had no time to give anything back.
+    assert start(path, tiny_config()) == {}
+
+
+# Every key of a run, by whether a resume may change it; what may not is named when it is refused.
+SAFE_TO_CHANGE = {
+    "run.directory",
+    *(f"parallel.{name}" for name in ("tensor", "sequence", "pipeline", "context", "context_scheme", "expert", "data")),
+    "parallel.zero",
+    *(f"optimizer.{name}" for name in ("type", "learning_rate", "betas", "epsilon", "weight_decay", "gradient_clip")),
+    *(f"schedule.{name}" for name in ("type", "warmup_steps", "decay_steps", "final_fraction")),
+    *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "device", "precision")),
+    *(f"train.{name}" for name in ("recompute", "evaluate_every", "evaluate_samples", "checkpoint_every")),
+    *(f"train.{name}" for name in ("checkpoint_mode", "keep_last", "keep_every", "log_every", "hang_seconds")),
+    "train.max_skipped_steps",
+    "wandb",
+    "launch",
+    "distillation",
+    *(f"data.{name}" for name in ("cache_directory", "mixture", "curriculum", "source.path", "source.path_prefix")),
+    "data.source.held_out_path_prefix",
+}
+
+
+def keys_of(section: dict[str, Any], above: str = "") -> list[str]:
+    return [
+        inner
+        for key, value in section.items()
+        for inner in (keys_of(value, f"{above}{key}.") if isinstance(value, dict) and value else [f"{above}{key}"])
+    ]
+
+
+def test_every_key_is_refused_by_name_or_known_to_be_safe(path: Path) -> None:
+    config = tiny_config(data={"source": {"type": "text_files", "path": "here"}})
+    start_and_log(path, config)
+    run, refused, allowed = RunDirectory(path), set(), set()
+    for key in keys_of(config.model_dump(mode="json")):
+        try:
+            run._refuse_another_run({key: ("before", "now")}, "auto", None)
+        except InputError as error:
+            assert f'{key}="before", but the configuration says {key}="now"' in str(error)
+            refused.add(key)
+        else:
+            allowed.add(key)
+    assert allowed <= SAFE_TO_CHANGE and len(allowed) > 30
+    assert not refused & SAFE_TO_CHANGE
+    # The model, the data, and what decides the order of samples.
+    assert {key.split(".")[0] for key in refused} == {"model", "data", "train"}
+    assert {key for key in refused if key.startswith("train.")} == {"train.seed", "train.carry_state"}
+
+
 def test_a_forked_worker_does_not_keep_the_lock(path: Path) -> None:
     run = RunDirectory(path)
     run.prepare(tiny_config(), "auto")
@@ -207,6 +280,29 @@ def test_a_forked_worker_does_not_keep_the_lock(path: Path) -> None:
         os.waitpid(child, 0)
         for descriptor in (may_end, end, ready, is_ready):
             os.close(descriptor)
+
+
+def test_what_a_run_began_with_is_remembered_until_it_has_a_checkpoint(path: Path) -> None:
+    imported = path.parent / "imported" / "step-00000000"
+    run = RunDirectory(path)
+    run.prepare(tiny_config(), str(imported), imported)
+    run.release()
+    # A save that was cut short is no checkpoint, and the same start may be made again.
+    (path / "checkpoints" / "tmp-step-00000000").mkdir()
+    run.metrics_file.write_text('{"step": 1}\n')
+    for resume, start_from in (("auto", None), (str(imported), imported)):
+        again = RunDirectory(path)
+        assert again.prepare(tiny_config(), resume, start_from) == {} and again.began_with() == imported.resolve()
+        again.release()
+    (path / "checkpoints" / "step-00000000").mkdir()
+    with pytest.raises(InputError, match="is a checkpoint of another; continue this one with --resume auto"):
+        RunDirectory(path).prepare(tiny_config(), str(imported), imported)
+
+
+def test_a_start_killed_before_it_wrote_its_configuration_is_no_run_yet(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "environment.json").write_text('{"began_with": null}')
+    assert start(path, tiny_config()) == {}
 
 
 def test_a_refused_start_leaves_the_directory_free(path: Path) -> None:

@@ -54,8 +54,14 @@ def run_with_broken_states(raw: dict[str, Any], broken_step: int, broken_rank: i
         StatesBetweenSteps.take = original
 
 
-def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], broken_rank: int) -> str | None:
-    """Trains while one rank's loss is NaN in some steps (counted from 1); returns what ended it, if anything."""
+def run_with_broken_gradients(
+    raw: dict[str, Any], broken_steps: list[int], broken_rank: int, value: str = "nan"
+) -> str | None:
+    """Trains while one rank has ``nan`` or ``inf`` among its gradients in some steps (counted from 1).
+
+    Returns:
+        What ended it, if anything.
+    """
     import torch.distributed as dist
 
     from pretrain import trainer as module
@@ -70,7 +76,7 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
         handle = None
         if calls in broken_steps and dist.get_rank() == broken_rank:
             parameter = next(decoder.layers.children()).mixer.input_gate_bias
-            handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, float(value)))
         try:
             return original(model, decoder, batches, device, **options)
         finally:
@@ -85,3 +91,26 @@ def run_with_broken_gradients(raw: dict[str, Any], broken_steps: list[int], brok
     finally:
         module.run_schedule = original
     return None
+
+
+def run_cut_in_a_save(raw: dict[str, Any], resume: str = "auto") -> None:
+    """Trains until the first shard of the first checkpoint is written, and leaves there what kill -9 would."""
+    from pretrain.checkpoint import shards
+
+    class Killed(BaseException):
+        """Nothing that a save would clean up after."""
+
+    original = shards.save_file
+
+    def cut(*arguments: Any, **options: Any) -> None:
+        original(*arguments, **options)
+        raise Killed
+
+    shards.save_file = cut
+    try:
+        train(parse_config(raw, "test"), resume)
+    except Killed:
+        return
+    finally:
+        shards.save_file = original
+    raise AssertionError("nothing was saved")

@@ -27,13 +27,15 @@ def read_lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_is_skipped_and_counted(layout, worker_pools, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "value"), [*((layout, "nan") for layout in LAYOUTS), ("tensor2_zero1", "inf"), ("data2_zero2", "inf")]
+)
+def test_a_step_is_skipped_and_counted(layout, value, worker_pools, tmp_path):
     processes, parallel = LAYOUTS[layout]
     write_corpus(tmp_path / "corpus")
     raw = raw_config(tmp_path, parallel=parallel)
     raw["train"] |= {"steps": 5, "checkpoint_every": 1}
-    broken = {"broken_steps": [3], "broken_rank": processes - 1}
+    broken = {"broken_steps": [3], "broken_rank": processes - 1, "value": value}
     ends = worker_pools(processes).run(PROGRAMS, "run_with_broken_gradients", raw=raw, **broken)
     assert ends == [None] * processes
     assert [line["skipped"] for line in read_lines(tmp_path / "run")] == [False, False, True, False, False]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,44 @@ def test_torchrun_trains_and_the_commands_read_the_run(tmp_path, unbroken):
     assert pretrain("checkpoint", "verify", run).returncode == 0
     assert pretrain("report", run).returncode == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_one_rank_of_two_is_killed_and_the_launcher_starts_both_again(tmp_path, unbroken):
+    config = write_config(tmp_path, schedule={"type": "constant"})
+    command = pretrain_command("train", config, "train.checkpoint_every=2", processes=2)
+    command[3:3] = ["--max-restarts", "1"]
+    (tmp_path / "sitecustomize.py").write_text(_KILLS_A_RANK.format(marker=str(tmp_path / "killed")))
+    kills = environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    # Or the launcher gives the second start the addresses of the first, which nobody answers at.
+    kills |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ended = subprocess.run(command, env=kills, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "killed").exists() and "resumed from" in ended.stdout
+    assert curve(tmp_path / "run").keys() == unbroken.keys()
+    for step, figures in curve(tmp_path / "run").items():
+        assert figures == pytest.approx(unbroken[step], rel=1e-5)
+
+
+# Python reads it when it starts: the second rank kills itself, once, when step 7 begins.
+_KILLS_A_RANK = """
+import os, signal, sys
+from pathlib import Path
+
+marker = Path({marker!r})
+if os.environ.get("RANK") == "1" and not marker.exists():
+    import pretrain.trainer as module
+
+    read_step = module.Trainer.read_step
+
+    def killed(self):
+        if self.position.step == 6:
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_step(self)
+
+    module.Trainer.read_step = killed
+"""
 
 
 def test_torchrun_passes_a_stop_on(tmp_path):
