@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pretrain.config.stages import stages_problem
+
 if TYPE_CHECKING:
     from pretrain.config.schema import Config, ModelConfig
 
@@ -11,11 +13,9 @@ if TYPE_CHECKING:
 def layout_problem(config: Config) -> str | None:
     """Why the model or its data cannot be split as the layout says, in one sentence; None where they can."""
     model, parallel = config.model, config.parallel
-    if model.num_layers % parallel.pipeline:
-        return (
-            f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}; "
-            f"every stage holds the same number of layers"
-        )
+    problem = stages_problem(model.num_layers, parallel.pipeline, parallel.layers_per_stage)
+    if problem:
+        return problem
     for key, length in config.sequence_lengths():
         if parallel.sequence and length % parallel.tensor:
             return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from pretrain.config.carried_states import carried_states_problem
 from pretrain.config.distillation import DistillationConfig, distillation_problem
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
+from pretrain.config.stages import layers_of_stages
 from pretrain.models.registry import (
     OuterBlock,
     StrictModel,
@@ -150,6 +151,9 @@ class ParallelConfig(StrictModel):
         False, description="Megatron sequence parallelism: norms and residuals split along the sequence"
     )
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: layers split over ranks (1F1B)")
+    layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="layers of each pipeline stage; null: as even as can be, the first stages with one more"
+    )
     context: int = Field(1, ge=1, description="context-parallel size: each sequence split over ranks")
     context_scheme: Literal["auto", "chain", "gather", "scan"] = Field(
         "auto",
@@ -171,6 +175,10 @@ class ParallelConfig(StrictModel):
     def model_parallel(self) -> int:
         """Processes that read the same samples together."""
         return self.tensor * self.pipeline * self.context
+
+    def stage_layers(self, num_layers: int) -> list[range]:
+        """Layers of each pipeline stage, of a model that has so many."""
+        return layers_of_stages(num_layers, self.pipeline, self.layers_per_stage)
 
     @property
     def segment_multiple(self) -> int:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from data.packing import Batch
 from kernels.segments import ProcessSegments, Segments
 from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.config.stages import layers_of_stages
 from pretrain.models.carried import initial_carried, pack, packed_channels, unpack, with_auxiliary_loss
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
 from pretrain.models.mixer import Carried, Documents, LayerContext, MeasuredModule, State
@@ -87,7 +88,12 @@ class Decoder(nn.Module):
         between_steps: states that rows of a step go on with in the next; None: every row begins anew.
     """
 
-    def __init__(self, model: ModelConfig, megatron: TransformerConfig):
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig, stages: Sequence[range] | None = None):
+        """Builds it, not yet filled.
+
+        Args:
+            stages: layers of each pipeline stage; None: the even split.
+        """
         super().__init__()
         self.model, self.config = model, megatron
         self.model_type = ModelType.encoder_or_decoder
@@ -102,8 +108,8 @@ class Decoder(nn.Module):
 
         # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
         vocabulary = padded_size(model.vocab_size)
-        per_stage = model.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
-        first = per_stage * parallel_state.get_pipeline_model_parallel_rank()
+        stages = stages or layers_of_stages(model.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
+        layers = stages[parallel_state.get_pipeline_model_parallel_rank()]
         # A head that is tied to the embedding needs it on its own stage too.
         if self.is_first_stage or (self.is_last_stage and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
@@ -123,9 +129,9 @@ class Decoder(nn.Module):
             declare(self.embedding.weight, spec)
         # Names in one order on all stages, which pass these tensors to each other as one.
         self.carried_channels = model.carried_channels()
-        self.shared = nn.ModuleDict(self._shared_modules(first))
+        self.shared = nn.ModuleDict(self._shared_modules(layers.start))
         self.layers = nn.ModuleDict()
-        for layer in range(first, first + per_stage):
+        for layer in layers:
             self.layers[str(layer)] = Block(model.block(layer), model, self._context(layer))
         share(self.layers.values(), self.shared)
         if self.is_last_stage:

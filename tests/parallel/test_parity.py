@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2_pipeline2_sequence_zero1": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "zero": 1}),
     "pipeline2_data2_zero1": (4, {"pipeline": 2, "zero": 1}),
     "pipeline4_zero1": (4, {"pipeline": 4, "zero": 1}),
+    "pipeline2_uneven_zero1": (2, {"pipeline": 2, "layers_per_stage": [1, 3], "zero": 1}),
     "tensor2_data2_zero1": (4, {"tensor": 2, "zero": 1}),
     "tensor2_data2_sequence_zero2": (4, {"tensor": 2, "sequence": True, "zero": 2}),
     "tensor2_data2_zero3": (4, {"tensor": 2, "zero": 3}),
