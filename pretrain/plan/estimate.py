@@ -10,7 +10,7 @@ from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.plan.context import ContextPlan, plan_context
 from pretrain.plan.gpus import GPUFit, fit
-from pretrain.plan.memory import BlockCost, Stage, layer_costs, shared_parameters
+from pretrain.plan.memory import BlockCost, Stage, layer_costs, pipeline_stages, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     data_size = world_size // parallel.model_parallel
     layers = layer_costs(config)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
-    stages = [_plan_stage(config, layers, index, data_size) for index in range(parallel.pipeline)]
+    stages = [_plan_stage(stage) for stage in pipeline_stages(config, layers, data_size)]
     heaviest = max(stages, key=lambda stage: stage.bytes)
     embedding = config.model.vocab_size * config.model.embedding_size
     outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.embedding_size
@@ -182,12 +182,10 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     )
 
 
-def _plan_stage(config: Config, layers: list[BlockCost], index: int, data_size: int) -> StagePlan:
-    per_stage = len(layers) // config.parallel.pipeline
-    stage = Stage(config, layers[index * per_stage : (index + 1) * per_stage], index, data_size)
+def _plan_stage(stage: Stage) -> StagePlan:
     parts = stage.bytes_by_part()
     return StagePlan(
-        stage=index,
+        stage=stage.index,
         layers=sum(not layer.is_joint for layer in stage.layers),
         parameters=stage.parameters,
         bytes=sum(parts.values()),

@@ -155,12 +155,13 @@ def shared_parameters(layers: list[BlockCost]) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage on one rank: its layers, its place, and the batch that it sees."""
+    """One pipeline stage on one rank: its layers, its place, the batch that it sees, and what all layers share."""
 
     config: Config
     layers: list[BlockCost]
     index: int
     data_size: int
+    shared: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -182,10 +183,14 @@ class Stage:
         return self.config.train.global_batch_size // self.data_size
 
     @property
+    def micro_batches(self) -> int:
+        """Of this rank in an optimizer step."""
+        return self.rows // self.config.train.micro_batch_size
+
+    @property
     def micro_batches_in_flight(self) -> int:
         """Micro-batches whose activations 1F1B keeps at once (Narayanan et al. 2021, arXiv 2104.04473)."""
-        train = self.config.train
-        return min(self.rows // train.micro_batch_size, self.config.parallel.pipeline - self.index)
+        return min(self.micro_batches, self.config.parallel.pipeline - self.index)
 
     @property
     def head_parameters(self) -> int:
@@ -196,7 +201,7 @@ class Stage:
         """Parameters of this rank's part of the model, before ZeRO splits anything."""
         parallel = self.config.parallel
         total = sum(layer.parameters_per_rank(parallel.tensor, parallel.expert) for layer in self.layers)
-        total += shared_parameters(layer_costs(self.config))
+        total += self.shared
         first, last = self.index == 0, self.is_last
         # A tied embedding stands once on a stage, though it is both; first and last stage each have their copy.
         tied_on_one_stage = first and last and self.config.model.tie_embeddings
@@ -206,12 +211,17 @@ class Stage:
         return total
 
     @property
-    def partition(self) -> int:
-        """Parameters of one rank once ZeRO has split them: experts over those ranks alone that hold them."""
+    def routed(self) -> int:
+        """Those of :attr:`parameters` that belong to routed experts."""
         parallel = self.config.parallel
         mixers = [mixer for layer in self.layers for mixer in layer.mixers]
-        routed = sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
-        return -(-(self.parameters - routed) // self.copies) + -(-routed * parallel.expert // self.copies)
+        return sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
+
+    @property
+    def partition(self) -> int:
+        """Parameters of one rank once ZeRO has split them: experts over those ranks alone that hold them."""
+        routed = self.routed
+        return -(-(self.parameters - routed) // self.copies) + -(-routed * self.config.parallel.expert // self.copies)
 
     def activation_bytes(self, recompute: str) -> int:
         """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
@@ -306,3 +316,15 @@ class Stage:
         if zero == 3:
             return FLOAT32 * min(partition, LIVE_PARAMETERS)
         return FLOAT32 * max(2 * partition, bucket if zero == 1 else 0)
+
+
+def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> list[Stage]:
+    """A rank of each pipeline stage.
+
+    Args:
+        layers: of the whole model, as :func:`layer_costs` gives them.
+        data_size: data-parallel ranks.
+    """
+    count, shared = config.parallel.pipeline, shared_parameters(layers)
+    each = len(layers) // count
+    return [Stage(config, layers[each * index : each * (index + 1)], index, data_size, shared) for index in range(count)]
