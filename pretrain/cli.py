@@ -91,7 +91,12 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="processes; by default what the layout needs")] = None,
-    gpu: Annotated[str | None, typer.Option(help="kind of GPU, to say whether it fits: h100, h200, a100, ...")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="kind of GPU, to say whether it fits and how fast: h100, h200, a100, mi300x, ...")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="share of the peak rate: of useful work, and of products in a step")
+    ] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Parameters, FLOPs and bytes per rank of a configuration; needs no GPU and no torch."""
@@ -99,7 +104,7 @@ def plan(
     from pretrain.plan import plan as make_plan
     from pretrain.plan import print_plan
 
-    planned = make_plan(load_config(config, overrides or ()), world_size=gpus, gpu=gpu)
+    planned = make_plan(load_config(config, overrides or ()), world_size=gpus, gpu=gpu, utilization=mfu)
     if as_json:
         typer.echo(json.dumps(planned.to_dict(), indent=2))
     else:

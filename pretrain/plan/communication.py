@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.models.registry import family_of, hierarchy_of
+from pretrain.models.registry import family_of
 from pretrain.models.tensor_messages import Collective, TensorMessage, said_again
 from pretrain.plan.context import plan_context
-from pretrain.plan.costs import BYTES_PER_ELEMENT
-from pretrain.plan.memory import FLOAT32, Stage, shared_parameters
+from pretrain.plan.costs import BYTES_PER_ELEMENT, used_blocks
+from pretrain.plan.memory import FLOAT32, Stage
 
 # DeepSpeed's defaults for ZeRO-3, in elements: a smaller parameter stays whole, and one that is used again within so
 # many elements stays gathered until then.
@@ -118,26 +118,13 @@ def block_messages(config: Config, name: str, hidden_size: int) -> list[TensorMe
     return messages + (said_again(messages) if config.train.recompute == "block" else [])
 
 
-def _blocks(stage: Stage) -> Iterator[tuple[str, int, float]]:
-    """Name, width and positions per token read of every block of a stage, joints left out."""
-    model, per_stage = stage.config.model, stage.config.model.num_layers // stage.config.parallel.pipeline
-    positions = 1.0 if model.hierarchy is None else model.hierarchy.inner_positions_per_token
-    first = per_stage * stage.index
-    names = Counter(model.layers[layer % len(model.layers)] for layer in range(first, first + per_stage))
-    for name, count in names.items():
-        yield name, model.hidden_size, positions * count
-    if model.hierarchy is not None:
-        element = BYTES_PER_ELEMENT[stage.config.train.precision]
-        for outer in hierarchy_of(model.hierarchy).outer_costs(model.hierarchy, model.hidden_size, element):
-            if outer.block is not None:
-                yield outer.block, outer.hidden_size, outer.positions_per_token
-
-
 def _of_layers(stage: Stage) -> Iterator[Traffic]:
-    positions = stage.tokens * stage.micro_batches
-    for name, hidden_size, per_token in _blocks(stage):
-        for message in block_messages(stage.config, name, hidden_size):
-            yield _traffic(stage.config, message, positions * per_token)
+    config = stage.config
+    each = config.model.num_layers // config.parallel.pipeline
+    for block in used_blocks(config, range(each * stage.index, each * (stage.index + 1))):
+        positions = stage.tokens * stage.micro_batches * block.positions_per_token * block.count
+        for message in block_messages(config, block.name, block.hidden_size):
+            yield _traffic(config, message, positions)
 
 
 def _of_vocabulary(stage: Stage) -> Iterator[Traffic]:
@@ -215,8 +202,8 @@ def _of_copies(stage: Stage) -> Iterator[Traffic]:
     }
     for group, (parameters, ranks) in groups.items():
         size = float(FLOAT32 * parameters)
-        # DeepSpeed sums whole gradients on every rank, of which each then takes its part: at stage 1 once a step, at stage
-        # 2 those of every micro-batch.
+        # DeepSpeed sums whole gradients on every rank, of which each then takes its part: at stage 1 once a step, at
+        # stage 2 those of every micro-batch.
         yield Traffic("data", "all_reduce", group, ranks, size * (micro_batches if parallel.zero == 2 else 1))
         if parallel.zero:
             yield Traffic("data", "all_gather", group, ranks, size)
@@ -227,12 +214,13 @@ def gathered_elements(
 ) -> float:
     """Elements of weights that ZeRO-3 gathers in a step.
 
-    Parameters that stay whole are gathered once, after the update. The others are gathered for each forward and backward
-    pass, but for those that the backward pass reaches soon after the forward pass. A block that is computed again is
-    small enough to stay gathered until its backward pass.
+    Parameters that stay whole are gathered once, after the update. The others are gathered for each forward and
+    backward pass, but for those that the backward pass reaches soon after the forward pass. A block that is computed
+    again is small enough to stay gathered until its backward pass.
 
     Args:
-        persistent: elements of a parameter below which it stays whole; of a layer's weights the width's square is asked.
+        persistent: elements of a parameter below which it stays whole; a layer's weights are taken to have the square
+            of the width.
         reuse_distance: elements within which a parameter stays gathered.
     """
     model, tensor = stage.config.model, stage.config.parallel.tensor
@@ -246,7 +234,6 @@ def gathered_elements(
     return stage.parameters - large + stage.micro_batches * (2 * large - once)
 
 
-def heaviest(stages: Sequence[Stage]) -> list[Traffic]:
-    """Of the stage that sends most; those in the middle send what the first and the last do, or less, beside layers."""
-    found = [stage_traffic(stage) for stage in stages]
-    return max(found, key=lambda entries: sum(entry.sent for entry in entries))
+def heaviest_traffic(stages: Sequence[Stage]) -> list[Traffic]:
+    """Of the pipeline stage whose ranks send most."""
+    return max((stage_traffic(stage) for stage in stages), key=lambda entries: sum(entry.sent for entry in entries))

@@ -325,6 +325,6 @@ def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> 
         layers: of the whole model, as :func:`layer_costs` gives them.
         data_size: data-parallel ranks.
     """
-    count, shared = config.parallel.pipeline, shared_parameters(layers)
-    each = len(layers) // count
-    return [Stage(config, layers[each * index : each * (index + 1)], index, data_size, shared) for index in range(count)]
+    stages, shared = config.parallel.pipeline, shared_parameters(layers)
+    each = len(layers) // stages
+    return [Stage(config, layers[each * at : each * (at + 1)], at, data_size, shared) for at in range(stages)]

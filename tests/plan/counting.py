@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pretrain.parallel.zero  # noqa: F401 (sets up DeepSpeed before it is imported)
-import deepspeed
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pretrain.parallel import zero as zero_engine
 from pretrain.plan.communication import gathered_elements, stage_traffic
 from pretrain.plan.memory import layer_costs, pipeline_stages
 from tests.configurations import tiny_config
@@ -119,7 +118,7 @@ def counted_and_planned(
 
 @contextlib.contextmanager
 def _nothing_persists() -> Iterator[None]:
-    initialise = deepspeed.initialize
+    initialise = zero_engine.deepspeed.initialize
 
     def with_thresholds(config: dict[str, Any], **options: Any) -> Any:
         config["zero_optimization"] |= {
@@ -129,8 +128,8 @@ def _nothing_persists() -> Iterator[None]:
         }
         return initialise(config=config, **options)
 
-    deepspeed.initialize = with_thresholds
+    zero_engine.deepspeed.initialize = with_thresholds
     try:
         yield
     finally:
-        deepspeed.initialize = initialise
+        zero_engine.deepspeed.initialize = initialise
