@@ -7,13 +7,14 @@ counts those calls. Left out is what no model's size changes: counts, norms and 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.models.registry import family_of
+from pretrain.models.registry import MixerConfig, family_of
 from pretrain.models.tensor_messages import Collective, TensorMessage, said_again
 from pretrain.plan.context import plan_context
 from pretrain.plan.costs import BYTES_PER_ELEMENT, used_blocks
@@ -103,6 +104,13 @@ def _traffic(config: Config, message: TensorMessage, positions: float) -> Traffi
     return Traffic(purpose, message.collective, "tensor", parallel.tensor, size)
 
 
+@functools.lru_cache(maxsize=1024)
+def _section_messages(
+    section: MixerConfig, hidden_size: int, element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    return family_of(section).tensor_messages(section, hidden_size, element, tensor, sequence)
+
+
 def block_messages(config: Config, name: str, hidden_size: int) -> list[TensorMessage]:
     """What the ranks of one block's tensor- and expert-parallel groups say of each position, recomputation included."""
     parallel, element = config.parallel, BYTES_PER_ELEMENT[config.train.precision]
@@ -110,9 +118,7 @@ def block_messages(config: Config, name: str, hidden_size: int) -> list[TensorMe
     messages: list[TensorMessage] = []
     for section in (block.mixer, block.channel):
         if section is not None and (parallel.tensor > 1 or parallel.expert > 1):
-            of_section = family_of(section).tensor_messages(
-                section, hidden_size, element, parallel.tensor, parallel.sequence
-            )
+            of_section = _section_messages(section, hidden_size, element, parallel.tensor, parallel.sequence)
             sizes = {"tensor": parallel.tensor, "expert": parallel.expert}
             messages += [message for message in of_section if sizes[message.group] > 1]
     return messages + (said_again(messages) if config.train.recompute == "block" else [])

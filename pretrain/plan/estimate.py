@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config.layout import check_world_size
@@ -258,4 +258,4 @@ def _plan_stage(stage: Stage) -> StagePlan:
 
 def _with_recompute(stage: Stage, setting: str) -> Stage:
     train = stage.config.train.model_copy(update={"recompute": setting})
-    return replace(stage, config=stage.config.model_copy(update={"train": train}))
+    return stage.under(stage.config.model_copy(update={"train": train}))

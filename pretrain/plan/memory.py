@@ -8,7 +8,8 @@ is of the moment at which a rank holds most, which is either late in a backward 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 from pretrain.config.carried_states import bytes_after_any_length
 from pretrain.config.schema import BlockConfig, Config
@@ -196,7 +197,13 @@ class Stage:
     def head_parameters(self) -> int:
         return -(-self.config.model.vocab_size // self.config.parallel.tensor) * self.config.model.embedding_size
 
-    @property
+    def under(self, config: Config) -> Stage:
+        """The same layers cut the same way, under another ZeRO stage, batch or recomputation; counts are kept."""
+        other = replace(self, config=config)
+        vars(other).update({name: getattr(self, name) for name in ("parameters", "routed")})
+        return other
+
+    @functools.cached_property
     def parameters(self) -> int:
         """Parameters of this rank's part of the model, before ZeRO splits anything."""
         parallel = self.config.parallel
@@ -210,7 +217,7 @@ class Stage:
             total += self.config.model.embedding_size
         return total
 
-    @property
+    @functools.cached_property
     def routed(self) -> int:
         """Those of :attr:`parameters` that belong to routed experts."""
         parallel = self.config.parallel
@@ -294,12 +301,12 @@ class Stage:
     def _working_bytes(self) -> int:
         """Of the layer, or of the head, that needs most."""
         tensor, element = self.config.parallel.tensor, BYTES_PER_ELEMENT[self.config.train.precision]
-        expert = self.config.parallel.expert
+        expert, tokens = self.config.parallel.expert, self.tokens
         weight = element if element != FLOAT32 else 0
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
-            mixer.working_bytes_per_rank(tensor) * self.tokens * layer.positions_per_token
+            mixer.working_bytes_per_rank(tensor) * tokens * layer.positions_per_token
             + per_parameter * mixer.parameters_per_rank(tensor, expert)
             for layer in self.layers
             for mixer in layer.mixers

@@ -32,7 +32,9 @@ def _printed(estimate: Plan) -> str:
 def test_plans_and_configurations_import_no_torch() -> None:
     program = (
         "import sys; from pretrain.config import load_config; from pretrain.plan import plan;"
+        "from pretrain.plan.search import search; import pretrain.plan.search_report;"
         "plan(load_config('configs/runs/xlstm_7b.yaml'), gpu='h100');"
+        "search(load_config('configs/runs/mamba2_tiny.yaml'), 1, 'h100');"
         "found = {'torch', 'megatron', 'deepspeed', 'triton'} & set(sys.modules);"
         "sys.exit(f'imported {sorted(found)}' if found else 0)"
     )
