@@ -104,32 +104,41 @@ def _traffic(config: Config, message: TensorMessage, positions: float) -> Traffi
     return Traffic(purpose, message.collective, "tensor", parallel.tensor, size)
 
 
-@functools.lru_cache(maxsize=1024)
-def _section_messages(
-    section: MixerConfig, hidden_size: int, element: int, tensor: int, sequence: bool
+@functools.lru_cache(maxsize=4096)
+def _bytes_of_block(
+    sections: tuple[MixerConfig, ...],
+    hidden_size: int,
+    element: int,
+    tensor: int,
+    sequence: bool,
+    expert: int,
+    again: bool,
 ) -> list[TensorMessage]:
-    return family_of(section).tensor_messages(section, hidden_size, element, tensor, sequence)
-
-
-def block_messages(config: Config, name: str, hidden_size: int) -> list[TensorMessage]:
-    """What the ranks of one block's tensor- and expert-parallel groups say of each position, recomputation included."""
-    parallel, element = config.parallel, BYTES_PER_ELEMENT[config.train.precision]
-    block = config.model.blocks[name]
+    """What a block's ranks say of each position, forward and backward together, one message of each kind."""
     messages: list[TensorMessage] = []
-    for section in (block.mixer, block.channel):
-        if section is not None and (parallel.tensor > 1 or parallel.expert > 1):
-            of_section = _section_messages(section, hidden_size, element, parallel.tensor, parallel.sequence)
-            sizes = {"tensor": parallel.tensor, "expert": parallel.expert}
-            messages += [message for message in of_section if sizes[message.group] > 1]
-    return messages + (said_again(messages) if config.train.recompute == "block" else [])
+    for section in sections:
+        messages += family_of(section).tensor_messages(section, hidden_size, element, tensor, sequence)
+    sizes = {"tensor": tensor, "expert": expert}
+    messages = [message for message in messages if sizes[message.group] > 1]
+    found: Counter[tuple[Any, Any]] = Counter()
+    for message in messages + (said_again(messages) if again else []):
+        found[message.collective, message.group] += message.bytes
+    return [TensorMessage(collective, size, group=group) for (collective, group), size in found.items()]
 
 
 def _of_layers(stage: Stage) -> Iterator[Traffic]:
-    config = stage.config
-    each = config.model.num_layers // config.parallel.pipeline
-    for block in used_blocks(config, range(each * stage.index, each * (stage.index + 1))):
-        positions = stage.tokens * stage.micro_batches * block.positions_per_token * block.count
-        for message in block_messages(config, block.name, block.hidden_size):
+    config, parallel = stage.config, stage.config.parallel
+    if parallel.tensor == parallel.expert == 1:
+        return
+    element, again = BYTES_PER_ELEMENT[config.train.precision], config.train.recompute == "block"
+    each = config.model.num_layers // parallel.pipeline
+    for used in used_blocks(config, range(each * stage.index, each * (stage.index + 1))):
+        block = config.model.blocks[used.name]
+        sections = tuple(section for section in (block.mixer, block.channel) if section is not None)
+        positions = stage.tokens * stage.micro_batches * used.positions_per_token * used.count
+        for message in _bytes_of_block(
+            sections, used.hidden_size, element, parallel.tensor, parallel.sequence, parallel.expert, again
+        ):
             yield _traffic(config, message, positions)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,8 @@ def print_search(search: Search, console: Console) -> None:
     if search.fitting:
         console.print(
             f"Estimates: products at {search.utilization:.0%} of the peak rate (--mfu), links at {LINK_EFFICIENCY:.0%} "
-            f"of theirs, only what ZeRO-3 sends hidden. Of layouts that cut the model alike the fastest stands here."
+            f"of theirs; sending, hidden behind products (only what ZeRO-3 sends), and bubble are shares of a step. Of "
+            f"layouts that cut the model alike the fastest stands here."
         )
     console.print(_refusals(search))
 
@@ -48,13 +50,22 @@ def _fitting(search: Search) -> Table:
         f"{len(search.fitting):,} of {search.layouts:,} layouts of {search.world_size} x {search.gpu} fit "
         f"{usable} ({USABLE_FRACTION:.0%} of its memory)"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("layout")
-    for heading in ("micro-batch", "recompute", "memory", "s/step", "tokens/s", "MFU", "communication", "bubble"):
-        table.add_column(heading, justify="left" if heading == "recompute" else "right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layout", min_width=14)
+    for heading in (
+        "micro-\nbatch",
+        "recom-\npute",
+        "memory",
+        "s a\nstep",
+        "tokens\na second",
+        "MFU",
+        "send-\ning",
+        "hid-\nden",
+        "bub-\nble",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for candidate in search.best(SHOWN):
         layout, step = candidate.layout, candidate.step
-        hidden = f" + {step.hidden_communication / step.total:.0%} hidden" if step.hidden_communication else ""
         table.add_row(
             describe(layout),
             str(layout.micro_batch_size),
@@ -63,14 +74,15 @@ def _fitting(search: Search) -> Table:
             f"{step.total:.3g}",
             format_count(candidate.tokens_per_second),
             f"{candidate.model_flops_utilization:.1%}",
-            f"{sum(step.communication.values()) / step.total:.1%}{hidden}",
-            f"{step.bubble / step.total:.1%}",
+            f"{sum(step.communication.values()) / step.total:.0%}",
+            f"{step.hidden_communication / step.total:.0%}",
+            f"{step.bubble / step.total:.0%}",
         )
     return table
 
 
 def _refusals(search: Search) -> Table:
-    table = Table(title="What is left out", title_justify="left")
+    table = Table(title="What is left out", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layouts", justify="right")
     table.add_column("why, and those alike")
     for refusal in search.refusals:
