@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from pretrain.config.carried_states import carried_states_problem
-from pretrain.config.layout import layout_problem
-from pretrain.config.schema import Config, ParallelConfig
+from pretrain.config.schema import Config, ParallelConfig, config_problem
 from pretrain.errors import InputError
 from pretrain.plan.communication import stage_traffic
 from pretrain.plan.context import segment_length
@@ -93,6 +91,7 @@ class Search:
         layouts: that were looked at; each fits or is counted in a refusal.
         fitting: the fastest first.
         refusals: the most frequent first.
+        uncounted_teacher: the checkpoint of a teacher, of which nothing here is counted; None where there is none.
     """
 
     gpu: str
@@ -102,6 +101,7 @@ class Search:
     layouts: int
     fitting: list[Candidate]
     refusals: list[Refusal]
+    uncounted_teacher: str | None = None
 
     def best(self, count: int) -> list[Candidate]:
         """The fastest that cut the model differently: of each cut the best ZeRO stage, micro-batch, recomputation."""
@@ -151,7 +151,8 @@ def search(config: Config, world_size: int, gpu: str, utilization: float = MODEL
         for (zero, recompute), (least, count) in sorted(seeking.too_large.items())
     ]
     refusals.sort(key=lambda refusal: -refusal.layouts)
-    return Search(key, world_size, usable_bytes(found), utilization, seeking.layouts, fitting, refusals)
+    teacher = None if config.distillation is None else config.distillation.teacher
+    return Search(key, world_size, usable_bytes(found), utilization, seeking.layouts, fitting, refusals, teacher)
 
 
 def _rank(candidate: Candidate) -> tuple[float, int, int]:
@@ -225,7 +226,7 @@ class _Seeking:
             except pydantic.ValidationError as error:
                 self._refuse(error.errors()[0]["msg"].removeprefix("Value error, "), count)
                 continue
-            problem = layout_problem(config) or carried_states_problem(config)
+            problem = config_problem(config)
             if problem:
                 self._refuse(problem, count)
                 continue

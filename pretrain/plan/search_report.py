@@ -41,6 +41,8 @@ def print_search(search: Search, console: Console) -> None:
             f"of theirs; sending, hidden behind products (only what ZeRO-3 sends), and bubble are shares of a step. Of "
             f"layouts that cut the model alike the fastest stands here."
         )
+    if search.uncounted_teacher is not None:
+        console.print(f"Not counted: the teacher {search.uncounted_teacher}, whose weights and work come on top.")
     console.print(_refusals(search))
 
 
