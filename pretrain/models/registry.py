@@ -196,8 +196,7 @@ class MixerCost:
         activation_bytes_by_position: those that belong to positions: every tensor-parallel rank keeps them, unless
             sequence parallelism gives each its part of the sequence.
         working_bytes_replicated: those of ``working_bytes_per_token`` that every tensor-parallel rank holds.
-        parameters_partial: those of ``parameters_replicated`` of whose gradient each tensor-parallel rank has a part,
-            also without sequence parallelism; with it, that is so of all of them.
+        parameters_partial: those of ``parameters_replicated`` of whose gradients ranks have parts in any layout.
     """
 
     parameters: int
@@ -299,7 +298,7 @@ class MixerFamily:
 
     @functools.cached_property
     def tensor_messages(self) -> typing.Callable[..., list[TensorMessage]]:
-        """``tensor_messages(config, hidden_size, bytes_per_element, tensor, sequence)``, in the order of the calls."""
+        """``tensor_messages(config, hidden_size, bytes_per_element, tensor, sequence)``, in order of the calls."""
         return getattr(importlib.import_module(f"{self.package}.cost"), "tensor_messages", split_projections)
 
     @functools.cached_property
