@@ -91,21 +91,22 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="processes; by default what the layout needs")] = None,
-    gpu: Annotated[str | None, typer.Option(help="kind of GPU, to say whether it fits: h100, h200, a100, ...")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="kind of GPU, to say whether it fits and how fast: h100, h200, a100, mi300x, ...")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="share of the peak rate: of useful work, and of products in a step")
+    ] = 0.4,
+    search: Annotated[
+        bool, typer.Option("--search", help="try every layout of --gpus, and rank those that fit")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="new YAML file with the best layout, for base")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Parameters, FLOPs and bytes per rank of a configuration; needs no GPU and no torch."""
-    from pretrain.config import load_config
-    from pretrain.plan import plan as make_plan
-    from pretrain.plan import print_plan
+    """Parameters, FLOPs, bytes and time of a run, or of every layout it could have; needs no GPU and no torch."""
+    from pretrain.plan.command import PlanOptions, run_plan
 
-    planned = make_plan(load_config(config, overrides or ()), world_size=gpus, gpu=gpu)
-    if as_json:
-        typer.echo(json.dumps(planned.to_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        print_plan(planned, Console())
+    run_plan(config, overrides or (), PlanOptions(gpus, gpu, mfu, as_json, search, write))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from pretrain.bench.train import machine
 from pretrain.config import parse_config
 from pretrain.errors import InputError
 from pretrain.plan import plan
-from pretrain.plan.report import format_bytes, format_count
+from pretrain.plan.numbers import format_bytes, format_count
 
 _MULTIPLES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _NUM_LAYERS = 12

@@ -311,8 +311,7 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problem = layout_problem(self) or _words_problem(self) or _batch_problem(self) or _schedule_problem(self)
-        problem = problem or carried_states_problem(self) or distillation_problem(self)
+        problem = config_problem(self)
         if problem:
             raise ValueError(problem)
         return self
@@ -331,6 +330,12 @@ class Config(StrictModel):
         lengths = [("data.sequence_length", self.data.sequence_length)]
         phases = [("data.curriculum: sequence_length", phase.sequence_length) for phase in self.data.curriculum]
         return lengths + [(key, length) for key, length in phases if length is not None]
+
+
+def config_problem(config: Config) -> str | None:
+    """Why the sections of a run do not fit together, in one sentence; None where they do."""
+    problem = layout_problem(config) or _words_problem(config) or _batch_problem(config) or _schedule_problem(config)
+    return problem or carried_states_problem(config) or distillation_problem(config)
 
 
 def _words_problem(config: Config) -> str | None:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from pretrain.models.registry import MixerConfig, MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
+from pretrain.models.tensor_messages import TensorMessage, split_projections, summed_inside
 
 _FLOAT32 = 4
 
@@ -144,3 +145,11 @@ def block_messages(config: NewtonBlockConfig, hidden_size: int, *, state_size: i
         SegmentMessage("everyone", affine + 2 * _FLOAT32, 0, times=config.newton_iterations + 1),
         SegmentMessage("everyone", 0, affine),
     ]
+
+
+def block_tensor_messages(
+    config: NewtonBlockConfig, hidden_size: int, bytes_per_element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    """Those of the projections, and squares that groups of the norm have on several ranks."""
+    inside = summed_inside(config.norm_groups) if config.norm_groups % tensor else []
+    return inside + split_projections(config, hidden_size, bytes_per_element, tensor, sequence)

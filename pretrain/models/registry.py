@@ -4,7 +4,8 @@ A mixer is one folder with
 
 * ``config.py``: ``CONFIG``, a subclass of :class:`MixerConfig` (no torch);
 * ``cost.py``: parameters, FLOPs and bytes from the config alone (no torch), see :class:`MixerCost`; also
-  ``segment_messages`` where the configuration says ``exchanges_segments``;
+  ``segment_messages`` where the configuration says ``exchanges_segments``, and ``tensor_messages`` where
+  tensor-parallel ranks say more than :func:`pretrain.models.tensor_messages.split_projections` does;
 * ``mixer.py``: ``MIXER``, the module class, a subclass of :class:`pretrain.models.mixer.SequenceMixer` or
   :class:`pretrain.models.mixer.ChannelMixer`;
 * ``hf.py``: how its parameters are named in the Hugging Face form.
@@ -30,6 +31,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 
 from pretrain.models.segment_messages import SegmentMessage
+from pretrain.models.tensor_messages import TensorMessage, split_projections
 
 ROOT = Path(__file__).parent
 
@@ -194,6 +196,7 @@ class MixerCost:
         activation_bytes_by_position: those that belong to positions: every tensor-parallel rank keeps them, unless
             sequence parallelism gives each its part of the sequence.
         working_bytes_replicated: those of ``working_bytes_per_token`` that every tensor-parallel rank holds.
+        parameters_partial: those of ``parameters_replicated`` of whose gradients ranks have parts in any layout.
     """
 
     parameters: int
@@ -214,6 +217,7 @@ class MixerCost:
     activation_bytes_replicated: float = 0.0
     activation_bytes_by_position: float = 0.0
     working_bytes_replicated: float = 0.0
+    parameters_partial: int = 0
 
     def parameters_per_rank(self, tensor: int, expert: int = 1) -> int:
         """Parameters on one of ``tensor`` tensor-parallel and ``expert`` expert-parallel ranks."""
@@ -291,6 +295,11 @@ class MixerFamily:
     def segment_messages(self) -> typing.Callable[..., list[SegmentMessage]]:
         """``segment_messages(config, hidden_size, segment_length, bytes_per_element)`` of one that exchanges them."""
         return importlib.import_module(f"{self.package}.cost").segment_messages
+
+    @functools.cached_property
+    def tensor_messages(self) -> typing.Callable[..., list[TensorMessage]]:
+        """``tensor_messages(config, hidden_size, bytes_per_element, tensor, sequence)``, in order of the calls."""
+        return getattr(importlib.import_module(f"{self.package}.cost"), "tensor_messages", split_projections)
 
     @functools.cached_property
     def hugging_face(self) -> ModuleType:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config.layout import check_world_size
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
+from pretrain.plan.communication import Traffic, heaviest_traffic, stage_traffic
 from pretrain.plan.context import ContextPlan, plan_context
-from pretrain.plan.gpus import GPUFit, fit
-from pretrain.plan.memory import BlockCost, Stage, layer_costs, shared_parameters
+from pretrain.plan.gpus import GPUFit, find_gpu, fit
+from pretrain.plan.lengths import FlopsByLength, flops_by_length
+from pretrain.plan.memory import FLOAT32, BlockCost, Stage, layer_costs, pipeline_stages, shared_parameters
+from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, Speed, StepSeconds, busiest, estimate_speed
+
+# Settings of ``train.recompute``.
+RECOMPUTE = ("none", "block")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class StagePlan:
         bytes: the most that it holds at once.
         bytes_by_part: the same, by the keys of :data:`pretrain.plan.memory.PARTS`.
         activation_bytes: activations alone for each setting of ``train.recompute``.
+        bytes_by_recompute: all that it holds for each setting.
     """
 
     stage: int
@@ -32,6 +39,7 @@ class StagePlan:
     bytes: int
     bytes_by_part: dict[str, int]
     activation_bytes: dict[str, int]
+    bytes_by_recompute: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,12 @@ class Plan:
             without a hierarchy.
         context: what ranks that hold segments of the same sequences send each other; None where each holds whole ones.
         uncounted_teacher: the checkpoint of a teacher, of which nothing here is counted; None where there is none.
+        bytes_per_rank_by_recompute: the most that any rank holds, for each setting of ``train.recompute``.
+        save_host_bytes: host memory that asynchronous saves keep on the rank that writes most: weights and both
+            moments, float32, of what it writes.
+        flops_by_length: useful FLOPs of a token at other lengths.
+        traffic: what a rank of the stage that sends most sends in a step.
+        speed: how long the run takes; None unless a GPU was named.
     """
 
     parameters: int
@@ -87,10 +101,20 @@ class Plan:
     tokens_per_inner_position: float = 1.0
     context: ContextPlan | None = None
     uncounted_teacher: str | None = None
+    bytes_per_rank_by_recompute: dict[str, int] = field(default_factory=dict)
+    save_host_bytes: int = 0
+    flops_by_length: FlopsByLength | None = None
+    traffic: list[Traffic] = field(default_factory=list)
+    speed: Speed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, ready for JSON."""
-        return asdict(self)
+        plain = asdict(self)
+        for entry, traffic in zip(plain["traffic"], self.traffic, strict=True):
+            entry["bytes_sent"] = traffic.sent
+        if self.speed is not None:
+            plain["speed"]["step"]["total"] = self.speed.step.total
+        return plain
 
 
 def model_flops_per_token(config: Config) -> float:
@@ -121,7 +145,24 @@ def _head_flops(config: Config) -> float:
     return 2.0 * config.model.vocab_size * config.model.embedding_size
 
 
-def plan(config: Config, world_size: int | None = None, gpu: str | None = None) -> Plan:
+def stage_flops_per_token(stage: Stage) -> float:
+    """FLOPs that all tensor-parallel ranks of a pipeline stage really do for each token; the head is on the last."""
+    head = 3 * _head_flops(stage.config) if stage.is_last else 0.0
+    return sum(_executed_flops(layer, stage.config) for layer in stage.layers) + head
+
+
+def estimate_step(stages: list[Stage], gpu: str, utilization: float) -> StepSeconds:
+    """Where the time of a step goes, on the pipeline stage that takes longest."""
+    described = [(stage, stage_flops_per_token(stage), stage_traffic(stage)) for stage in stages]
+    return busiest(described, find_gpu(gpu)[1], utilization)
+
+
+def plan(
+    config: Config,
+    world_size: int | None = None,
+    gpu: str | None = None,
+    utilization: float = MODEL_FLOPS_UTILIZATION,
+) -> Plan:
     """Works out what a run needs, without starting anything.
 
     Args:
@@ -129,6 +170,7 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
         world_size: number of processes; None: as many as the layout names (``parallel.data`` left open: as few
             data-parallel ranks as there can be).
         gpu: a name in :data:`pretrain.plan.GPUS` to compare the heaviest rank with.
+        utilization: useful FLOPs over the peak rate, of which the run's duration is reckoned.
 
     Raises:
         InputError: the number of processes does not fit the layout, or the GPU is unknown.
@@ -143,13 +185,18 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
     data_size = world_size // parallel.model_parallel
     layers = layer_costs(config)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
-    stages = [_plan_stage(config, layers, index, data_size) for index in range(parallel.pipeline)]
+    held = pipeline_stages(config, layers, data_size)
+    stages = [_plan_stage(stage) for stage in held]
     heaviest = max(stages, key=lambda stage: stage.bytes)
     embedding = config.model.vocab_size * config.model.embedding_size
     outside_layers = (1 if config.model.tie_embeddings else 2) * embedding + config.model.embedding_size
     outside_layers += shared_parameters(layers)
     flops = model_flops_per_token(config)
     tokens_per_step = train.global_batch_size * config.data.sequence_length
+    speed = None
+    if gpu is not None:
+        tokens, step = tokens_per_step * train.steps, estimate_step(held, gpu, utilization)
+        speed = estimate_speed(step, find_gpu(gpu)[1], utilization, flops, tokens_per_step, tokens, world_size)
     return Plan(
         parameters=sum(layer.parameters for layer in layers) + outside_layers,
         active_parameters=sum(layer.active_parameters for layer in layers) + outside_layers,
@@ -179,18 +226,36 @@ def plan(config: Config, world_size: int | None = None, gpu: str | None = None) 
         tokens_per_inner_position=1.0 / layers[0].positions_per_token,
         context=plan_context(config, micro_batches),
         uncounted_teacher=None if config.distillation is None else config.distillation.teacher,
+        bytes_per_rank_by_recompute={
+            setting: max(stage.bytes_by_recompute[setting] for stage in stages) for setting in RECOMPUTE
+        },
+        save_host_bytes=max(_save_bytes(stage) for stage in held),
+        flops_by_length=flops_by_length(config),
+        traffic=heaviest_traffic(held),
+        speed=speed,
     )
 
 
-def _plan_stage(config: Config, layers: list[BlockCost], index: int, data_size: int) -> StagePlan:
-    per_stage = len(layers) // config.parallel.pipeline
-    stage = Stage(config, layers[index * per_stage : (index + 1) * per_stage], index, data_size)
+def _save_bytes(stage: Stage) -> int:
+    """Of weights and moments that a rank writes: ranks that hold the same weights share the tensors, none is cut."""
+    largest = stage.head_parameters if stage.index == 0 or stage.is_last else 0
+    return 3 * FLOAT32 * max(stage.partition, largest)
+
+
+def _plan_stage(stage: Stage) -> StagePlan:
     parts = stage.bytes_by_part()
+    together = {setting: _with_recompute(stage, setting).bytes_by_part() for setting in RECOMPUTE}
     return StagePlan(
-        stage=index,
+        stage=stage.index,
         layers=sum(not layer.is_joint for layer in stage.layers),
         parameters=stage.parameters,
         bytes=sum(parts.values()),
         bytes_by_part=parts,
-        activation_bytes={setting: stage.activation_bytes(setting) for setting in ("none", "block")},
+        activation_bytes={setting: stage.activation_bytes(setting) for setting in RECOMPUTE},
+        bytes_by_recompute={setting: sum(other.values()) for setting, other in together.items()},
     )
+
+
+def _with_recompute(stage: Stage, setting: str) -> Stage:
+    train = stage.config.train.model_copy(update={"recompute": setting})
+    return stage.under(stage.config.model_copy(update={"train": train}))

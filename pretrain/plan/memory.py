@@ -8,7 +8,8 @@ is of the moment at which a rank holds most, which is either late in a backward 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 from pretrain.config.carried_states import bytes_after_any_length
 from pretrain.config.schema import BlockConfig, Config
@@ -155,12 +156,13 @@ def shared_parameters(layers: list[BlockCost]) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage on one rank: its layers, its place, and the batch that it sees."""
+    """One pipeline stage on one rank: its layers, its place, the batch that it sees, and what all layers share."""
 
     config: Config
     layers: list[BlockCost]
     index: int
     data_size: int
+    shared: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -182,21 +184,31 @@ class Stage:
         return self.config.train.global_batch_size // self.data_size
 
     @property
+    def micro_batches(self) -> int:
+        """Of this rank in an optimizer step."""
+        return self.rows // self.config.train.micro_batch_size
+
+    @property
     def micro_batches_in_flight(self) -> int:
         """Micro-batches whose activations 1F1B keeps at once (Narayanan et al. 2021, arXiv 2104.04473)."""
-        train = self.config.train
-        return min(self.rows // train.micro_batch_size, self.config.parallel.pipeline - self.index)
+        return min(self.micro_batches, self.config.parallel.pipeline - self.index)
 
     @property
     def head_parameters(self) -> int:
         return -(-self.config.model.vocab_size // self.config.parallel.tensor) * self.config.model.embedding_size
 
-    @property
+    def under(self, config: Config) -> Stage:
+        """The same layers cut the same way, under another ZeRO stage, batch or recomputation; counts are kept."""
+        other = replace(self, config=config)
+        vars(other).update({name: getattr(self, name) for name in ("parameters", "routed")})
+        return other
+
+    @functools.cached_property
     def parameters(self) -> int:
         """Parameters of this rank's part of the model, before ZeRO splits anything."""
         parallel = self.config.parallel
         total = sum(layer.parameters_per_rank(parallel.tensor, parallel.expert) for layer in self.layers)
-        total += shared_parameters(layer_costs(self.config))
+        total += self.shared
         first, last = self.index == 0, self.is_last
         # A tied embedding stands once on a stage, though it is both; first and last stage each have their copy.
         tied_on_one_stage = first and last and self.config.model.tie_embeddings
@@ -205,13 +217,18 @@ class Stage:
             total += self.config.model.embedding_size
         return total
 
+    @functools.cached_property
+    def routed(self) -> int:
+        """Those of :attr:`parameters` that belong to routed experts."""
+        parallel = self.config.parallel
+        mixers = [mixer for layer in self.layers for mixer in layer.mixers]
+        return sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
+
     @property
     def partition(self) -> int:
         """Parameters of one rank once ZeRO has split them: experts over those ranks alone that hold them."""
-        parallel = self.config.parallel
-        mixers = [mixer for layer in self.layers for mixer in layer.mixers]
-        routed = sum(mixer.routed_per_rank(parallel.tensor, parallel.expert) for mixer in mixers)
-        return -(-(self.parameters - routed) // self.copies) + -(-routed * parallel.expert // self.copies)
+        routed = self.routed
+        return -(-(self.parameters - routed) // self.copies) + -(-routed * self.config.parallel.expert // self.copies)
 
     def activation_bytes(self, recompute: str) -> int:
         """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
@@ -284,12 +301,12 @@ class Stage:
     def _working_bytes(self) -> int:
         """Of the layer, or of the head, that needs most."""
         tensor, element = self.config.parallel.tensor, BYTES_PER_ELEMENT[self.config.train.precision]
-        expert = self.config.parallel.expert
+        expert, tokens = self.config.parallel.expert, self.tokens
         weight = element if element != FLOAT32 else 0
         # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
         per_parameter = 2 * weight + FLOAT32
         needed = [
-            mixer.working_bytes_per_rank(tensor) * self.tokens * layer.positions_per_token
+            mixer.working_bytes_per_rank(tensor) * tokens * layer.positions_per_token
             + per_parameter * mixer.parameters_per_rank(tensor, expert)
             for layer in self.layers
             for mixer in layer.mixers
@@ -306,3 +323,15 @@ class Stage:
         if zero == 3:
             return FLOAT32 * min(partition, LIVE_PARAMETERS)
         return FLOAT32 * max(2 * partition, bucket if zero == 1 else 0)
+
+
+def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> list[Stage]:
+    """A rank of each pipeline stage.
+
+    Args:
+        layers: of the whole model, as :func:`layer_costs` gives them.
+        data_size: data-parallel ranks.
+    """
+    stages, shared = config.parallel.pipeline, shared_parameters(layers)
+    each = len(layers) // stages
+    return [Stage(config, layers[each * at : each * (at + 1)], at, data_size, shared) for at in range(stages)]

@@ -9,30 +9,17 @@ from pretrain.plan.context import ContextPlan
 from pretrain.plan.estimate import Plan
 from pretrain.plan.gpus import USABLE_FRACTION
 from pretrain.plan.memory import PARTS
-
-
-def format_bytes(count: float) -> str:
-    """Bytes in the binary unit that keeps the number short, for instance ``27.50 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
-
-
-def format_count(count: float) -> str:
-    """A count with a decimal prefix, for instance ``41.3 G``."""
-    for prefix in ("", "K", "M", "G", "T", "P", "E"):
-        if abs(count) < 1000:
-            return f"{count:.4g} {prefix}".rstrip()
-        count /= 1000
-    return f"{count:.4g} Z"
+from pretrain.plan.numbers import format_bytes, format_count
+from pretrain.plan.tables import lengths_table, speed_rows, step_table, traffic_table
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints what the run needs, what the heaviest rank holds, and whether it fits the GPU that was named."""
     console.print(_overview(plan))
     console.print(_memory(plan))
+    console.print(lengths_table(plan))
+    if plan.traffic:
+        console.print(traffic_table(plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
     if plan.context is not None:
@@ -42,8 +29,9 @@ def print_plan(plan: Plan, console: Console) -> None:
             f"Not counted: the teacher {plan.uncounted_teacher}. Its forward pass, 4 bytes of each of its weights "
             f"whatever ZeRO's stage, and two tensors of logits come on top."
         )
-    if plan.gpu is not None:
+    if plan.gpu is not None and plan.speed is not None:
         gpu = plan.gpu
+        console.print(step_table(plan.speed))
         verdict = "[green]fits[/green]" if gpu.fits else "[red]does not fit[/red]"
         console.print(
             f"{format_bytes(plan.bytes_per_rank)} a rank {verdict} {gpu.name}: {format_bytes(gpu.usable_bytes)} "
@@ -76,6 +64,9 @@ def _overview(plan: Plan) -> Table:
         rows["peak rate of all GPUs"] = f"{format_count(peak)}FLOP/s bf16"
         rows["tokens per second at peak rate"] = format_count(plan.gpu.tokens_per_second_at_peak)
         rows["days at peak rate"] = f"{plan.training_flops / peak / 86400:.3g}"
+    if plan.speed is not None:
+        rows |= speed_rows(plan.speed)
+    rows["host memory of asynchronous saves, a rank"] = format_bytes(plan.save_host_bytes)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -92,8 +83,9 @@ def _memory(plan: Plan) -> Table:
             table.add_row(name.replace("_", " "), format_bytes(count), PARTS[name])
     heaviest = plan.stages[plan.heaviest_stage]
     for setting, count in heaviest.activation_bytes.items():
-        table.add_row(f"[dim]train.recompute={setting}[/dim]", f"[dim]({format_bytes(count)})[/dim]", "[dim]"
-                      "activations under this setting; not added up here[/dim]")  # fmt: skip
+        together = format_bytes(heaviest.bytes_by_recompute[setting])
+        table.add_row(f"[dim]train.recompute={setting}[/dim]", f"[dim]({format_bytes(count)})[/dim]",
+                      f"[dim]activations under this setting, {together} together with the rest[/dim]")  # fmt: skip
     return table
 
 

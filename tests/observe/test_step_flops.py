@@ -62,6 +62,11 @@ def test_devices_are_known_by_the_names_that_drivers_give() -> None:
         "NVIDIA H200": 989.4e12,
         "NVIDIA B200": 2250e12,
         "AMD Instinct MI300X": 1307.4e12,
-        "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA L40S": 362.05e12,
+        "NVIDIA GeForce RTX 4090": 165.2e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA L40": None,
+        "Tesla V100-SXM2-32GB": None,
     }
     assert {name: device_peak_flops_per_second(name) for name in names} == names

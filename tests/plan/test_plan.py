@@ -32,7 +32,9 @@ def _printed(estimate: Plan) -> str:
 def test_plans_and_configurations_import_no_torch() -> None:
     program = (
         "import sys; from pretrain.config import load_config; from pretrain.plan import plan;"
+        "from pretrain.plan.search import search; import pretrain.plan.search_report;"
         "plan(load_config('configs/runs/xlstm_7b.yaml'), gpu='h100');"
+        "search(load_config('configs/runs/mamba2_tiny.yaml'), 1, 'h100');"
         "found = {'torch', 'megatron', 'deepspeed', 'triton'} & set(sys.modules);"
         "sys.exit(f'imported {sorted(found)}' if found else 0)"
     )
@@ -195,8 +197,18 @@ def test_gpu_names(load: Load) -> None:
     config = load("quickstart.yaml")
     assert plan(config, gpu="A100").gpu.name == "a100-80gb"
     assert plan(config, gpu="a100_40gb").gpu.memory_bytes == 40 * 2**30
+    assert plan(config, gpu="RTX 4090").gpu.name == "rtx-4090"
     with pytest.raises(InputError, match="unknown GPU 'h10'; did you mean 'h100'"):
         plan(config, gpu="h10")
+
+
+def test_every_gpu_has_faster_links_within_a_node_and_a_name_of_its_own() -> None:
+    names = [gpu.driver_name for name, gpu in GPUS.items() if name != "a100-40gb"]
+    assert len(set(names)) == len(names)
+    for name, gpu in GPUS.items():
+        assert gpu.memory_bytes_per_second > gpu.node_link_bytes_per_second > gpu.network_bytes_per_second, name
+        # A card computes between 50 and 500 FLOPs in the time that it reads a byte.
+        assert 50 < gpu.peak_flops_per_second / gpu.memory_bytes_per_second < 500, name
 
 
 def test_tables_show_the_heaviest_stage_and_each_stage(load: Load) -> None:

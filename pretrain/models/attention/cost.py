@@ -67,6 +67,7 @@ def cost(
     return MixerCost(
         parameters=parameters,
         parameters_replicated=replicated,
+        parameters_partial=norms,
         parameters_grouped=2 * keys * (hidden_size + config.bias),
         parameter_groups=config.key_value_heads,
         active_parameters=parameters,

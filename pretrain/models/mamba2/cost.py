@@ -11,6 +11,7 @@ from __future__ import annotations
 from pretrain.models.mamba2.config import Mamba2Config
 from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
+from pretrain.models.tensor_messages import TensorMessage, split_projections, summed_inside
 
 _FLOAT32 = 4
 
@@ -86,3 +87,11 @@ def segment_messages(
     summary = _FLOAT32 * (inner * config.state_size + config.heads(hidden_size))
     convolved = inner + 2 * config.num_groups * config.state_size
     return [window_before(convolved, config.convolution_width), SegmentMessage("before", summary, summary)]
+
+
+def tensor_messages(
+    config: Mamba2Config, hidden_size: int, bytes_per_element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    """Those of the projections, and squares that groups of the norm have on several ranks."""
+    inside = summed_inside(config.num_groups) if config.num_groups % tensor else []
+    return inside + split_projections(config, hidden_size, bytes_per_element, tensor, sequence)

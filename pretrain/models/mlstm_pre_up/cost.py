@@ -12,6 +12,7 @@ from pretrain.models.mlstm.cost import segment_messages as cell_messages
 from pretrain.models.mlstm_pre_up.config import MLSTMPreUpConfig
 from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
+from pretrain.models.tensor_messages import TensorMessage, split_projections
 
 _FLOAT32 = 4
 
@@ -75,3 +76,12 @@ def segment_messages(
     inner = config.inner_size(hidden_size)
     window = window_before(inner, config.convolution_width)
     return [window, *cell_messages(_cell(config), inner, segment_length, bytes_per_element)]
+
+
+def tensor_messages(
+    config: MLSTMPreUpConfig, hidden_size: int, bytes_per_element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    """Those of the projections, and both gates of each head, whose sums over all channels each rank has a part of."""
+    gates = float(_FLOAT32 * 2 * config.num_heads)
+    inside = [TensorMessage("reduce_scatter", gates), TensorMessage("all_gather", gates, backward=True)]
+    return inside + split_projections(config, hidden_size, bytes_per_element, tensor, sequence)

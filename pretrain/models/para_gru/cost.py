@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.models.newton_config import block_cost, block_messages
+from pretrain.models.newton_config import block_cost, block_messages, block_tensor_messages
 from pretrain.models.para_gru.config import ParaGRUConfig
 from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
@@ -10,6 +10,9 @@ from pretrain.models.segment_messages import SegmentMessage
 # Of one step per channel: two gates of a multiply-add, the candidate's a multiplication more, the blend of old
 # and new state as an addition to the old, and three nonlinearities.
 CELL_FLOPS = 2 * 2 + 3 + 3 + 3
+
+# What tensor-parallel ranks say is the block's alone.
+tensor_messages = block_tensor_messages
 
 
 def cost(

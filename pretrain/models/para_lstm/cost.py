@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.models.newton_config import block_cost, block_messages
+from pretrain.models.newton_config import block_cost, block_messages, block_tensor_messages
 from pretrain.models.para_lstm.config import ParaLSTMConfig
 from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
@@ -10,6 +10,9 @@ from pretrain.models.segment_messages import SegmentMessage
 # Of one step per channel: two gates of two multiply-adds and the candidate of one, the blend of old and new cell
 # as an addition to the new, the output gate's product, and four nonlinearities.
 CELL_FLOPS = 2 * 4 + 2 + 3 + 1 + 4
+
+# What tensor-parallel ranks say is the block's alone.
+tensor_messages = block_tensor_messages
 
 
 def cost(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pretrain.models.registry import MixerCost
 from pretrain.models.slstm.config import SLSTMConfig
+from pretrain.models.tensor_messages import TensorMessage
 
 _FLOAT32 = 4
 
@@ -66,3 +67,13 @@ def cost(
         working_bytes_per_token=float(hidden_size * (9 * bytes_per_element + 2 * _FLOAT32)),
         elementwise_scan_flops_per_token=convolution_flops + CELL_FLOPS * hidden_size,
     )
+
+
+def tensor_messages(
+    config: SLSTMConfig, hidden_size: int, bytes_per_element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    """Each rank's channels of the input are a slice, or exchanged for its positions; so are those of the output."""
+    size = float(hidden_size * bytes_per_element)
+    if not sequence:
+        return [TensorMessage("all_gather", size), TensorMessage("all_gather", size, backward=True)]
+    return [TensorMessage("all_to_all", size / tensor, backward) for backward in (False, False, True, True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pretrain.models.channel.moe.config import MoEConfig
 from pretrain.models.registry import MixerCost
+from pretrain.models.tensor_messages import TensorMessage, split_projections
 
 FLOAT32, INT64 = 4, 8
 
@@ -71,3 +72,35 @@ def _activation_bytes(config: MoEConfig, hidden_size: int, bytes_per_element: in
         floats += 8 * config.router_size
     routed += floats * FLOAT32
     return float(split + replicated + routed), float(replicated), float(routed)
+
+
+def tensor_messages(
+    config: MoEConfig, hidden_size: int, bytes_per_element: int, tensor: int, sequence: bool
+) -> list[TensorMessage]:
+    """Of the ranks that hold parts of every expert, then of those that hold different experts.
+
+    Each token's rows go to its experts and back, forward and backward; how many stay on their rank is a matter of the
+    router, on average as many as it holds experts. How often experts were chosen in a sequence, a few numbers for each
+    sequence, is not counted.
+    """
+    hidden, each = float(hidden_size * bytes_per_element), config.experts_per_token
+    weights, choices, rows = float(FLOAT32 * each), float(INT64 * each), each * hidden
+    exchanged = [TensorMessage("all_to_all", rows, backward, "expert") for backward in (False, False, True, True)]
+    if tensor == 1:
+        return exchanged
+    if sequence:
+        before = [TensorMessage("all_gather", size) for size in (hidden, weights, choices)]
+        after = [
+            TensorMessage("reduce_scatter", hidden),
+            TensorMessage("all_gather", hidden, backward=True),
+            TensorMessage("reduce_scatter", hidden, backward=True),
+            TensorMessage("reduce_scatter", weights, backward=True),
+        ]
+    else:
+        before = [TensorMessage("broadcast", choices)]
+        after = [TensorMessage("all_reduce", hidden)]
+        after += [TensorMessage("all_reduce", size, backward=True) for size in (hidden, weights)]
+    messages = before + exchanged + after
+    if config.shared_expert_size is not None:
+        messages += split_projections(config, hidden_size, bytes_per_element, tensor, sequence)
+    return messages
