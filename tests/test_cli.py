@@ -55,7 +55,7 @@ WRONG = {
     "out of range": (["train.steps=0"], "'train.steps' is 0"),
     "not an override": (["train.steps"], "expected key=value"),
     "heads by tensor": (["parallel.tensor=3", "model.vocab_size=267"], "num_heads=4 is not divisible by parallel.te"),
-    "layers by pipeline": (["parallel.pipeline=3"], "num_layers=2 is not divisible by parallel.pipeline=3"),
+    "layers by pipeline": (["parallel.pipeline=3"], "num_layers=2 is fewer than parallel.pipeline=3"),
     "zero 3 with pipeline": (["parallel.pipeline=2", "parallel.zero=3"], "zero=3 does not go with pipeline=2"),
     "processes": (["parallel.tensor=2"], "1 processes cannot hold parallel.tensor=2"),
     "data-parallel size": (["parallel.data=2"], "start 2 processes"),

@@ -186,7 +186,7 @@ def test_wrong_value_names_its_key_and_what_was_expected(override: str, key: str
     ("overrides", "expected"),
     [
         (["parallel.tensor=3", "model.vocab_size=264"], "num_heads=4 is not divisible by parallel.tensor=3"),
-        (["parallel.pipeline=3"], "model.num_layers=4 is not divisible by parallel.pipeline=3"),
+        (["parallel.pipeline=5"], "model.num_layers=4 is fewer than parallel.pipeline=5"),
         (["parallel.pipeline=2", "parallel.zero=2"], "zero=2 does not go with pipeline=2"),
         (["parallel.pipeline=2", "parallel.zero=3"], "zero=3 does not go with pipeline=2"),
         (["parallel.sequence=true"], "sequence=true needs tensor > 1"),

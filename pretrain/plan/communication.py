@@ -131,8 +131,7 @@ def _of_layers(stage: Stage) -> Iterator[Traffic]:
     if parallel.tensor == parallel.expert == 1:
         return
     element, again = BYTES_PER_ELEMENT[config.train.precision], config.train.recompute == "block"
-    each = config.model.num_layers // parallel.pipeline
-    for used in used_blocks(config, range(each * stage.index, each * (stage.index + 1))):
+    for used in used_blocks(config, parallel.stage_layers(config.model.num_layers)[stage.index]):
         block = config.model.blocks[used.name]
         sections = tuple(section for section in (block.mixer, block.channel) if section is not None)
         positions = stage.tokens * stage.micro_batches * used.positions_per_token * used.count

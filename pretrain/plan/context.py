@@ -70,14 +70,15 @@ def plan_context(config: Config, micro_batches: int) -> ContextPlan | None:
         return None
     model = config.model
     repeats = model.num_layers // len(model.layers)
-    layers = [
-        _of_layers(model.blocks[name].mixer, repeats * model.layers.count(name), config)
+    layers = {
+        name: _of_layers(model.blocks[name].mixer, repeats * model.layers.count(name), config)
         for name in dict.fromkeys(model.layers)
         if model.blocks[name].mixer is not None
-    ]
-    # Layers of all kinds stand evenly on the stages.
-    in_a_step = sum(layer.bytes * layer.layers for layer in layers) * micro_batches / config.parallel.pipeline
-    return ContextPlan(segment_length(config), layers, in_a_step)
+    }
+    of_layers = [layers[name].bytes if name in layers else 0.0 for name in model.layers * repeats]
+    stages = config.parallel.stage_layers(model.num_layers)
+    in_a_step = max(sum(of_layers[layer] for layer in stage) for stage in stages) * micro_batches
+    return ContextPlan(segment_length(config), list(layers.values()), in_a_step)
 
 
 def _of_layers(mixer: MixerConfig, layers: int, config: Config) -> LayerTraffic:

@@ -332,6 +332,7 @@ def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> 
         layers: of the whole model, as :func:`layer_costs` gives them.
         data_size: data-parallel ranks.
     """
-    stages, shared = config.parallel.pipeline, shared_parameters(layers)
-    each = len(layers) // stages
-    return [Stage(config, layers[each * at : each * (at + 1)], at, data_size, shared) for at in range(stages)]
+    shared = shared_parameters(layers)
+    # A hierarchy's outer stages stand behind its layers, all on one stage.
+    held = config.parallel.stage_layers(len(layers)) if config.parallel.pipeline > 1 else [range(len(layers))]
+    return [Stage(config, layers[on.start : on.stop], index, data_size, shared) for index, on in enumerate(held)]

@@ -45,7 +45,8 @@ class Layout:
         """The sections of a configuration that it sets."""
         chosen = asdict(self)
         train = {key: chosen.pop(key) for key in ("micro_batch_size", "recompute")}
-        return {"parallel": chosen, "train": train}
+        # What the configuration says of its stages is for its own number of them.
+        return {"parallel": chosen | {"layers_per_stage": None}, "train": train}
 
 
 @dataclass(frozen=True)
