@@ -44,8 +44,11 @@ class JobFiles:
         return self.directory / "config.yaml"
 
 
-def write_job(config: Config) -> JobFiles:
+def write_job(config: Config, resume: str = "auto") -> JobFiles:
     """Writes the job of a configuration with a ``launch`` section into its run directory, each file at once.
+
+    Args:
+        resume: ``auto``, or the checkpoint that the run begins with.
 
     Raises:
         OSError: they cannot be written.
@@ -53,7 +56,7 @@ def write_job(config: Config) -> JobFiles:
     launch, run = config.launch or LaunchConfig(), Path(config.run.directory).absolute()
     files = JobFiles(run / "launch")
     files.directory.mkdir(parents=True, exist_ok=True)
-    values = _values(launch, run, files)
+    values = _values(launch, run, files) | {"resume": shlex.quote(resume)}
     _write(files.config, dump_config(config))
     for file, template in ((files.node_script, "node.sh"), (files.script, "slurm.sbatch")):
         _write(file, fill(template, values))

@@ -28,6 +28,9 @@ def launch(
     qos: Annotated[str | None, typer.Option(help="launch.qos")] = None,
     constraint: Annotated[str | None, typer.Option(help="launch.constraint")] = None,
     time: Annotated[str | None, typer.Option(help="launch.time: limit of one job, as in 1-00:00:00")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto, or a checkpoint to begin with, as of train; from then on the run's own")
+    ] = "auto",
     submit: Annotated[bool, typer.Option("--submit", help="give the job to sbatch")] = False,
     local: Annotated[bool, typer.Option("--local", help="train on this machine now, by torchrun")] = False,
     first_node: Annotated[
@@ -68,9 +71,13 @@ def launch(
     if problem:
         raise InputError(f"{config}: with launch.nodes={asked.nodes} x gpus_per_node={asked.gpus_per_node}: {problem}")
     from launch import local_command, node_commands, write_job
+    from pretrain.observe.run_directory import RunDirectory
+
+    RunDirectory(loaded.run.directory).check(loaded)
 
     python = asked.python or sys.executable
     program = ["-m", "pretrain", "train", str(config), *(overrides or ())]
+    program += [] if resume == "auto" else ["--resume", resume]
     if local:
         command = local_command(python, asked.gpus_per_node, program)
         typer.echo(shlex.join(command))
@@ -83,7 +90,7 @@ def launch(
             typer.echo(f"# node {index}\n{shlex.join(command)}")
         return
     try:
-        files = write_job(loaded)
+        files = write_job(loaded, resume)
     except OSError as error:
         raise InputError(f"run.directory {loaded.run.directory} cannot be written: {error.strerror or error}") from None
     typer.echo(files.script.read_text())

@@ -21,7 +21,10 @@ check() {
   @{python} -m pretrain.node_check --processes @{processes_per_task} --seconds @{check_seconds}
 }
 train() {
-  @{start} -m pretrain train @{launch_directory}/config.yaml
+  # What it began with is in there.
+  local resume=auto
+  [ -e @{run}/environment.json ] || resume=@{resume}
+  @{start} -m pretrain train @{launch_directory}/config.yaml --resume "$resume"
 }
 "$1"
 code=$?

@@ -138,6 +138,22 @@ class RunDirectory:
                 f"this job may write"
             ) from None
 
+    def check(self, config: Config) -> None:
+        """Whether a run of this configuration may begin or go on here; nothing is written.
+
+        Raises:
+            InputError: as :meth:`prepare`.
+        """
+        if not self.path.exists():
+            return
+        try:
+            self._refuse_what_is_not_a_run()
+            if self.config_file.exists() and self._has_started():
+                changed = changed_keys(self._stored_config(), config.model_dump(mode="json"))
+                self._refuse_another_run(changed, "auto", None)
+        except OSError as error:
+            raise InputError(f"run.directory {self.path} cannot be read: {error.strerror or error}") from None
+
     def release(self) -> None:
         """Let another job have the directory; the end of the process does the same."""
         if self._lock is not None:

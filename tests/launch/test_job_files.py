@@ -137,6 +137,22 @@ def test_the_command_prints_the_script_and_where_the_run_is(tmp_path: Path) -> N
     assert f"the run is kept in {tmp_path}/run" in done.output and "--time=12:00:00" in done.output
 
 
+def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = launch("configs/quickstart.yaml", f"run.directory={tmp_path}", "--gpus-per-node", "1")
+    assert "is not the directory of a run" in str(done.exception)
+    assert not (tmp_path / "launch").exists()
+
+
+def test_a_run_begins_with_a_checkpoint_and_goes_on_with_its_own(tmp_path: Path) -> None:
+    arguments = ["configs/quickstart.yaml", f"run.directory={tmp_path}/run", "--gpus-per-node", "1"]
+    assert launch(*arguments, "--resume", "an import").exit_code == 0
+    node = (tmp_path / "run/launch/node.sh").read_text()
+    assert f"[ -e {tmp_path}/run/environment.json ] || resume='an import'" in node and '--resume "$resume"' in node
+    printed = launch(*arguments, "--resume", "an import", "--first-node", "h").output
+    assert "--resume 'an import'" in printed
+
+
 def test_processes_that_do_not_fit_the_layout_are_refused(tmp_path: Path) -> None:
     done = launch("configs/quickstart.yaml", f"run.directory={tmp_path}/run", "--nodes", "3", "--gpus-per-node", "1")
     assert isinstance(done.exception, InputError) and "with launch.nodes=3" in str(done.exception)

@@ -102,7 +102,7 @@ def test_a_run_that_finishes_ends_its_job(tmp_path: Path) -> None:
     check, train = cluster.lines("ran")
     assert check == "check 10.0.0.7 n7"
     assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 10.0.0.7 --master-port 20042" in train
-    assert train.endswith(f"-m pretrain train {cluster.files.config}")
+    assert train.endswith(f"-m pretrain train {cluster.files.config} --resume auto")
     assert cluster.lines("greeted") == ["it's $HOME"] * 2
     assert not cluster.lines("requeued")
 

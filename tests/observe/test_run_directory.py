@@ -219,7 +219,7 @@ def test_two_live_jobs_are_refused_and_the_lock_of_a_dead_one_is_taken_over(path
 SAFE_TO_CHANGE = {
     "run.directory",
     *(f"parallel.{name}" for name in ("tensor", "sequence", "pipeline", "context", "context_scheme", "expert", "data")),
-    "parallel.zero",
+    *(f"parallel.{name}" for name in ("layers_per_stage", "zero")),
     *(f"optimizer.{name}" for name in ("type", "learning_rate", "betas", "epsilon", "weight_decay", "gradient_clip")),
     *(f"schedule.{name}" for name in ("type", "warmup_steps", "decay_steps", "final_fraction")),
     *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "device", "precision")),
