@@ -51,6 +51,7 @@ app.command("launch")(cli_launch.launch)
 app.command("rank-layers")(cli_distill.rank_layers)
 app.command("replace-layers")(cli_distill.replace_layers)
 app.command("evaluate")(cli_evaluate.evaluate)
+bench_app.command("recall")(cli_evaluate.bench_recall)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
