@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -167,6 +167,10 @@ class PackedSamples(SourceSamples):
         self.dropped_tokens = predicted - self.samples_per_epoch * length if shuffled else 0
         self.padding_tokens = 0 if shuffled else self.samples_per_epoch * length - predicted
         self._orders = EpochOrders(self._make_order)
+
+    def with_length(self, length: int) -> PackedSamples:
+        """The same documents in samples of ``length`` tokens, in the stored order."""
+        return PackedSamples(self.documents, replace(self.format, sequence_length=length), self.seed, shuffled=False)
 
     def first_tokens(self, limit: int) -> np.ndarray:
         return read_stream(self.documents, limit)

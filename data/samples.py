@@ -32,6 +32,9 @@ class HeldOutSamples(Samples, Protocol):
 
     samples_per_epoch: int
 
+    def with_length(self, length: int) -> HeldOutSamples:
+        """The same documents in samples of ``length`` tokens."""
+
 
 class _SeveralSources:
     """Samples of which each comes from one of several sources, all of one tokenizer and one length."""
@@ -107,6 +110,14 @@ class ConcatenatedSamples(_SeveralSources):
     def batch(self, indices: Iterable[int]) -> Batch:
         """The samples of ``indices``. Raises ``IndexError`` for a negative index."""
         return self._batch([self._locate(index) for index in indices])
+
+    def source_of(self, index: int) -> str:
+        """The name of the source that a sample comes from."""
+        return self._locate(index)[0]
+
+    def with_length(self, length: int) -> ConcatenatedSamples:
+        """The same documents in samples of ``length`` tokens."""
+        return ConcatenatedSamples({name: samples.with_length(length) for name, samples in self.sources.items()})
 
     def _locate(self, index: int) -> tuple[str, int]:
         for name, samples in self.sources.items():

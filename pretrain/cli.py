@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_distill, cli_launch, cli_tokenizer
+from pretrain import cli_data, cli_distill, cli_evaluate, cli_launch, cli_tokenizer
 from pretrain.cli_arguments import RunOrCheckpoint
 from pretrain.errors import (
     EXIT_BAD_INPUT,
@@ -50,6 +50,8 @@ app.add_typer(cli_tokenizer.app, name="tokenizer")
 app.command("launch")(cli_launch.launch)
 app.command("rank-layers")(cli_distill.rank_layers)
 app.command("replace-layers")(cli_distill.replace_layers)
+app.command("evaluate")(cli_evaluate.evaluate)
+bench_app.command("recall")(cli_evaluate.bench_recall)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
@@ -181,19 +183,6 @@ def generate(
     texts = generate_text(source, prompts, max_new_tokens, temperature, top_k, top_p, seed, show_chunks=show_chunks)
     for given, text in zip(prompts, texts, strict=True):
         typer.echo(f"{'' if show_chunks else given}{text}\n{'-' * 40}")
-
-
-@app.command()
-def evaluate(
-    source: RunOrCheckpoint,
-    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Held-out loss in nats per token and bits per byte, beside a bigram model on the same bytes."""
-    from pretrain.evaluate.command import evaluate_checkpoint
-
-    evaluation = evaluate_checkpoint(source, samples)
-    typer.echo(json.dumps(evaluation.to_dict(), indent=2) if as_json else evaluation.to_text())
 
 
 @app.command()

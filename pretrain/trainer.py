@@ -25,7 +25,7 @@ from pretrain.checkpoint.training import (
 )
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
-from pretrain.evaluate.held_out import evaluate_held_out
+from pretrain.evaluate.held_out import HeldOutLoss, evaluate_held_out
 from pretrain.models.decoder import metric_reductions
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
@@ -262,8 +262,8 @@ class Trainer:
             return {}
         return {f"epochs_{name}": count for name, count in self.data.train.epochs(self.position.samples).items()}
 
-    def evaluate(self) -> BatchLoss:
-        """Loss on held-out samples, recorded with the last step."""
+    def evaluate(self) -> HeldOutLoss:
+        """Loss on held-out samples, of a mixture by source too, recorded with the last step."""
         self.watchdog.begin(self.position.step, "evaluation")
         loss = evaluate_held_out(
             self.engine.model,
@@ -273,7 +273,7 @@ class Trainer:
             self.config.train.micro_batch_size,
             self.topology,
         )
-        self.observer.evaluated(self.position.step, loss)
+        self.observer.evaluated(self.position.step, loss.whole, loss.sources)
         return loss
 
     def _data_state(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ from pretrain.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-RUNS = [path for path in FILES if path.parent == CONFIGS or path.parent.name == "runs"]
+RUNS = [path for path in FILES if path.parent == CONFIGS or path.parent.name in ("runs", "recall")]
 MODELS = sorted((CONFIGS / "models").rglob("*.yaml"))
 SECTIONS = {
     "models": {"model"},

@@ -86,7 +86,11 @@ class Decoder(nn.Module):
 
     Attributes:
         between_steps: states that rows of a step go on with in the next; None: every row begins anew.
+        nats_of_rows: what :meth:`forward` returned last, before it was summed over rows: ``(batch,)`` float32, without
+            gradient; on the last stage only.
     """
+
+    nats_of_rows: Tensor
 
     def __init__(self, model: ModelConfig, megatron: TransformerConfig, stages: Sequence[range] | None = None):
         """Builds it, not yet filled.
@@ -317,7 +321,8 @@ class Decoder(nn.Module):
             return pack(hidden, carried)
         counts = labels != IGNORED_LABEL
         losses = vocab_parallel_cross_entropy(self._head(hidden), labels.where(counts, 0).t().contiguous())
-        loss = (losses * counts.t()).sum()
+        nats = losses * counts.t()
+        self.nats_of_rows, loss = nats.detach().sum(0), nats.sum()
         if AUXILIARY_LOSS not in carried:
             return loss
         auxiliary = carried[AUXILIARY_LOSS].squeeze(-1)

@@ -4,7 +4,8 @@ A line holds ``step`` (optimizer steps done), ``loss`` (nats per token), ``grad_
 clipping), ``learning_rate``, ``tokens`` (trained on since step 0), ``tokens_per_second``, ``skipped``; where
 they are known ``tflops_per_second`` and ``model_flops_utilization`` (useful work as a fraction of what the devices
 could do in bfloat16, on devices whose peak rate is known), and on the steps that were evaluated ``held_out_loss``
-(nats per token) and ``held_out_bits_per_byte``. ``failed_checkpoints`` counts, from the first on, those since the last
+(nats per token) and ``held_out_bits_per_byte``, of a mixture also of each source, as ``held_out_loss_NAME`` and
+``held_out_bits_per_byte_NAME``. ``failed_checkpoints`` counts, from the first on, those since the last
 start that could not be saved while training went on.
 
 JSON has no NaN and no infinity: such a value is written as ``null``, and where it is the loss or the gradient

@@ -143,14 +143,17 @@ class Observer:
             self._flops_per_token[sequence_length] = model_flops_per_token(config.model_copy(update={"data": data}))
         return self._flops_per_token[sequence_length]
 
-    def evaluated(self, step: int, loss: BatchLoss) -> None:
-        """Adds an evaluation to the figures of the step that it followed."""
+    def evaluated(self, step: int, loss: BatchLoss, sources: Mapping[str, BatchLoss]) -> None:
+        """Adds an evaluation, and of a mixture that of each source, to the figures of the step that it followed."""
         if self.is_main:
             self.pending |= {
                 "step": step,
                 "held_out_loss": loss.nats_per_token,
                 "held_out_bits_per_byte": loss.bits_per_byte,
             }
+            for name, of_source in sources.items():
+                self.pending[f"held_out_loss_{name}"] = of_source.nats_per_token
+                self.pending[f"held_out_bits_per_byte_{name}"] = of_source.bits_per_byte
             self.progress.evaluation(step, loss.nats_per_token, loss.bits_per_byte)
 
     def checkpoint_failed(self, text: str) -> None:

@@ -11,10 +11,8 @@ import numpy as np
 
 from pretrain.errors import InputError
 from pretrain.observe.metrics import read_metrics
+from pretrain.observe.picture import COLOURS, check_suffix, save, style
 
-_SUFFIXES = (".png", ".pdf", ".svg")
-# Okabe and Ito's palette, told apart by the colour-blind too (the yellow left out: too faint on white).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _SMOOTHED_SHARE = 50
 
 
@@ -61,8 +59,7 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
     from matplotlib.figure import Figure
 
     output = Path(output)
-    if output.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"{output}: the picture's name must end in one of {', '.join(_SUFFIXES)}")
+    check_suffix(output)
     if not run_directories:
         raise InputError("a report needs at least one run directory")
     runs = _read_runs([Path(directory) for directory in run_directories])
@@ -80,12 +77,7 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
         panel.xaxis.get_major_locator().set_params(integer=True)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)
     _draw_legend(figure, panels[0, 0], runs)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from None
-    return output
+    return save(figure, output)
 
 
 def _read_runs(directories: list[Path]) -> list[_Run]:
@@ -140,15 +132,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
-
-
-def _style(panel: Any, title: str, label: str) -> None:
-    panel.set_title(title, loc="left", fontsize=11)
-    panel.set_ylabel(label)
-    panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    return COLOURS[index % len(COLOURS)]
 
 
 def _draw_curve(panel: Any, steps: np.ndarray, values: np.ndarray, colour: str, smooth: bool) -> None:
@@ -160,7 +144,7 @@ def _draw_curve(panel: Any, steps: np.ndarray, values: np.ndarray, colour: str, 
 
 
 def _draw_loss(panel: Any, runs: list[_Run]) -> None:
-    _style(panel, "Loss", "loss (nats per token)")
+    style(panel, "Loss", "loss (nats per token)")
     limits = []
     for index, run in enumerate(runs):
         steps, values = run.points("loss")
@@ -192,7 +176,7 @@ def _draw_lines(
     log: bool = False,
     from_zero: bool = False,
 ) -> None:
-    _style(panel, title, label)
+    style(panel, title, label)
     drawn = 0
     for index, run in enumerate(runs):
         steps, values = run.points(key)

@@ -61,10 +61,12 @@ def run_schedule(
     device: torch.device,
     train: bool,
     passes: AbstractContextManager[None] | None = None,
+    nats_of_rows: list[Tensor] | None = None,
 ) -> BatchLoss:
     """Forward, and backward if ``train``, over this rank's micro-batches of one global batch.
 
-    ``passes`` is entered for the passes alone, not for what ranks tell each other before and after.
+    ``passes`` is entered for the passes alone, not for what ranks tell each other before and after. ``nats_of_rows``
+    takes, on the last stage, each micro-batch's nats by row, ``(batch,)`` float32, of this rank's segment.
 
     Gradients are those of the mean over every label of the *global* batch that counts, however labels are
     spread over micro-batches and ranks. All ranks of a data-parallel group must bring equally many
@@ -93,6 +95,8 @@ def run_schedule(
         output = called(*decoder.inputs(batch))
 
         def loss_function(nats: Tensor) -> tuple[Tensor, Tensor]:
+            if nats_of_rows is not None:
+                nats_of_rows.append(decoder.nats_of_rows)
             return nats * scale, nats.detach().clone()
 
         return output, loss_function
