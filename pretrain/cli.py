@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_distill, cli_evaluate, cli_launch, cli_tokenizer
+from pretrain import cli_data, cli_distill, cli_evaluate, cli_launch, cli_observe, cli_tokenizer
 from pretrain.cli_arguments import RunOrCheckpoint
 from pretrain.errors import (
     EXIT_BAD_INPUT,
@@ -52,6 +52,7 @@ app.command("rank-layers")(cli_distill.rank_layers)
 app.command("replace-layers")(cli_distill.replace_layers)
 app.command("evaluate")(cli_evaluate.evaluate)
 bench_app.command("recall")(cli_evaluate.bench_recall)
+app.command("profile")(cli_observe.profile)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[

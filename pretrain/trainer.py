@@ -217,6 +217,7 @@ class Trainer:
         if topology.device.type == "cuda":
             # Or the clock stops before the update and ZeRO's gathering of the weights.
             torch.cuda.synchronize()
+        self.watchdog.begin(position.step + 1, "metrics")
 
         samples = config.train.global_batch_size
         tokens = samples * config.data.sequence_length

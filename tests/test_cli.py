@@ -19,6 +19,7 @@ COMMANDS = [
     "generate",
     "evaluate",
     "report",
+    "profile",
     "doctor",
     "models",
     "checkpoint",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.config import parse_config
 from pretrain.observe import slow_ranks
+from pretrain.observe.profile import profile_run
 from pretrain.parallel.topology import build_topology
 from tests.configurations import tiny_config
 
@@ -24,3 +27,9 @@ def slow_rank(parallel: dict[str, Any], waits: str) -> list[str]:
                     time.sleep(0.1 * slow_ranks.STEPS / 2)
         said += slow.finish_step()
     return said
+
+
+def profile(raw: dict[str, Any], steps: int, output: str) -> dict[str, Any] | None:
+    """What is measured of a run, as JSON holds it; None on ranks other than 0."""
+    measured = profile_run(parse_config(raw, "test"), steps, 1, Path(output))
+    return None if measured is None else measured.to_dict(1000)

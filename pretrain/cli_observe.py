@@ -1,0 +1,54 @@
+"""``pretrain report`` and ``pretrain profile``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pretrain.errors import InputError
+
+
+def profile(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="dotted overrides, for instance train.micro_batch_size=8", metavar="[KEY=VALUE]..."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="steps that are timed, and as many more that are profiled")] = 3,
+    warm_up: Annotated[int, typer.Option(min=0, help="steps before them")] = 2,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="directory of the traces; by default RUN-profile beside the run directory")
+    ] = None,
+    operations: Annotated[int, typer.Option(min=1, help="how many are shown")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Trace a few steps with torch's profiler, and show the time of each phase and of the longest operations.
+
+    From fresh weights; the run directory is not touched. Under torchrun each rank writes a trace of its own, to be
+    opened by Perfetto or chrome://tracing, and the tables are those of rank 0.
+    """
+    from pretrain.config import load_config
+    from pretrain.config.layout import check_world_size
+
+    loaded = load_config(config, overrides or ())
+    problem = check_world_size(loaded, int(os.environ.get("WORLD_SIZE", "1")))
+    if problem:
+        raise InputError(f"{config}: {problem}")
+    from pretrain.observe.profile import profile_run
+
+    directory = Path(loaded.run.directory)
+    measured = profile_run(loaded, steps, warm_up, output or directory.with_name(directory.name + "-profile"))
+    if measured is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(measured.to_dict(operations), indent=2))
+        return
+    from rich.console import Console
+
+    from pretrain.observe.profile_report import print_profile
+
+    print_profile(measured, operations, Console())
