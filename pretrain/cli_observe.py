@@ -21,7 +21,8 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, help="steps that are timed, and as many more that are profiled")] = 3,
     warm_up: Annotated[int, typer.Option(min=0, help="steps before them")] = 2,
     output: Annotated[
-        Path | None, typer.Option("--out", help="directory of the traces; by default RUN-profile beside the run directory")
+        Path | None,
+        typer.Option("--out", help="directory of the traces; by default RUN-profile beside the run directory"),
     ] = None,
     operations: Annotated[int, typer.Option(min=1, help="how many are shown")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

@@ -29,9 +29,11 @@ from pretrain.evaluate.held_out import HeldOutLoss, evaluate_held_out
 from pretrain.models.decoder import metric_reductions
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
+from pretrain.observe.memory import peak_memory_bytes
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.observe.slow_ranks import SlowRanks
+from pretrain.observe.step_figures import StepFigures
 from pretrain.observe.watchdog import Watchdog
 from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.agreement import any_rank, combine_ranks, on_every_rank, on_main_rank, together
@@ -91,6 +93,7 @@ class Trainer:
                 else:
                     self._resume(model, reader)
             resumed_from = None if begins else self.position.step
+        self.figures = StepFigures(config.observe, self.engine, self.topology)
         peak = _peak_flops_per_second(config, self.topology)
         self.observer = Observer(config, self.run, self.position.step, self.topology.is_main, peak)
         on_main_rank(self.observer.open)
@@ -202,6 +205,7 @@ class Trainer:
         self.watchdog.begin(position.step + 1, "forward and backward")
         # What an evaluation left behind.
         self.engine.decoder.take_metrics()
+        self.figures.begin(position.step + 1)
         with self.engine.accumulate():
             loss: BatchLoss = run_schedule(
                 self.engine.model,
@@ -213,6 +217,7 @@ class Trainer:
             )
         self.watchdog.begin(position.step + 1, "optimizer step")
         rate = learning_rate(config, position.step)
+        self.figures.before_update()
         result: StepResult = self.engine.step(rate)
         if topology.device.type == "cuda":
             # Or the clock stops before the update and ZeRO's gathering of the weights.
@@ -227,9 +232,10 @@ class Trainer:
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
         further = self._mixer_metrics() | self._source_metrics() | self.engine.decoder.take_loss_terms(loss.labels)
+        further |= self.figures.after_update()
         length = micro_batches[0].tokens.shape[1]
         self.saver.tell_what_ended()
-        self.observer.finish_step(position.step, loss, result, rate, tokens, position.tokens, length, further)
+        self.observer.finish_step(loss, result, rate, tokens, position, length, further)
         if not result.applied:
             self.observer.message(
                 f"step {position.step}: the gradient is not finite; the step was skipped "
@@ -252,10 +258,10 @@ class Trainer:
             )
 
     def _mixer_metrics(self) -> dict[str, float]:
-        reductions = metric_reductions(self.config.model)
-        if not reductions:
-            return {}
-        return combine_ranks(self.engine.decoder.take_metrics(), reductions, self.topology.device)
+        reductions = metric_reductions(self.config.model) | {"peak_memory_bytes": "max"}
+        device = self.topology.device
+        figures = self.engine.decoder.take_metrics() | {"peak_memory_bytes": peak_memory_bytes(device)}
+        return combine_ranks(figures, reductions, device)
 
     def _source_metrics(self) -> dict[str, float]:
         """How often each source of a mixture was read through so far."""

@@ -11,6 +11,7 @@ from pretrain.config.carried_states import carried_states_problem
 from pretrain.config.distillation import DistillationConfig, distillation_problem
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
+from pretrain.config.observe import ObserveConfig, TensorBoardConfig
 from pretrain.config.stages import layers_of_stages
 from pretrain.models.registry import (
     OuterBlock,
@@ -305,7 +306,9 @@ class Config(StrictModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    observe: ObserveConfig | None = None
     wandb: WandbConfig | None = None
+    tensorboard: TensorBoardConfig | None = None
     launch: LaunchConfig | None = None
     distillation: DistillationConfig | None = None
 

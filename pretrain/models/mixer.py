@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.segments import Segments
 from pretrain.models.registry import MixerConfig
+from pretrain.models.state_figures import StateFigures
 
 State = dict[str, Tensor]
 # What flows from layer to layer beside the hidden states; see MixerConfig.carried.
@@ -115,9 +116,13 @@ class SequenceMixer(MeasuredModule):
     * no output depends on a later input;
     * at a document's first token the whole state (convolution windows too) is as at the very beginning;
     * state is float32, with the batch as its first dimension.
+
+    Attributes:
+        figures: where a recurrent mixer puts its gates and its state in numbers, in each forward pass; None: nowhere.
     """
 
     config: MixerConfig
+    figures: StateFigures | None = None
 
     def state_tensors(self) -> Mapping[str, StateTensor]:
         """The tensors of the state by name."""

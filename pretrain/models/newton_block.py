@@ -197,6 +197,24 @@ class NewtonBlock(SequenceMixer):
         """
         raise NotImplementedError(f"{type(self).__name__} must solve its recurrence")
 
+    def add_gates(self, gates: Tensor, hidden: Tensor, state: State | None, starts: Tensor | None) -> None:
+        """Puts the gates of a solved recurrence into ``figures``; shapes as in :meth:`solve`, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its gates are")
+
+    @torch.no_grad()
+    def _add_figures(
+        self,
+        gates: Tensor,
+        hidden: Tensor,
+        final: Mapping[str, Tensor],
+        state: State | Segments | None,
+        starts: Tensor | None,
+    ) -> None:
+        if not isinstance(state, Segments):
+            # Of a segment nobody keeps the state before it, which the gates of its first token saw.
+            self.add_gates(gates.float(), hidden.float(), state, starts)
+        self.figures.state(final[self.state_names[0]].unflatten(1, (self.local_heads, self.head_size)))
+
     def _window_before(
         self, state: State | Segments | None, inputs: Tensor, starts: Tensor | None
     ) -> Callable[[], Tensor | None]:
@@ -232,9 +250,12 @@ class NewtonBlock(SequenceMixer):
             "max_iterations": self.config.newton_max_iterations,
             "tolerance": self.config.newton_tolerance,
         }
+        given, gates = state, gates.view(batch, length, GATES, -1)
         if isinstance(state, Segments):
             state, options["segments"] = None, state
-        recurrent, final, report = self.solve(gates.view(batch, length, GATES, -1), state, starts, options)
+        recurrent, final, report = self.solve(gates, state, starts, options)
         self.newton.add(report)
+        if self.figures is not None:
+            self._add_figures(gates, recurrent, final, given, starts)
         gated = self.norm(recurrent.transpose(0, 1)) * nn.functional.silu(output_gate.float())
         return self.output(gated.to(hidden.dtype)), final | {"convolution": window}

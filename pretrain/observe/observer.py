@@ -1,4 +1,4 @@
-"""Everything that a run tells: metrics.jsonl, the progress on screen, Weights & Biases. Rank 0 only."""
+"""Everything that a run tells: metrics.jsonl, the progress on screen, Weights & Biases, TensorBoard. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
+from pretrain.checkpoint.training import TrainingPosition
 from pretrain.config.schema import Config
 from pretrain.errors import InputError, TrainingError
 from pretrain.observe.metrics import MetricsLog
 from pretrain.observe.progress import Progress
 from pretrain.observe.run_directory import RunDirectory
+from pretrain.observe.tensorboard_logger import TensorBoardLogger
 from pretrain.observe.wandb_logger import WandbLogger
 from pretrain.parallel.engine import StepResult
 from pretrain.parallel.schedule import BatchLoss
@@ -49,8 +51,8 @@ class Observer:
         """Opens what is written to; on rank 0 only.
 
         Raises:
-            InputError: earlier metrics are damaged or cannot be written, or Weights & Biases cannot be used as
-                configured.
+            InputError: earlier metrics are damaged or cannot be written, or Weights & Biases or TensorBoard cannot be
+                used as configured.
         """
         config = self.config
         self.metrics = MetricsLog(self.run.metrics_file)
@@ -58,7 +60,11 @@ class Observer:
             self.metrics.truncate_after(self.first_step)
         except OSError as error:
             raise InputError(f"{self.run.metrics_file} cannot be written: {error.strerror or error}") from None
-        self.wandb = WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")) if config.wandb else None
+        self.loggers: list[WandbLogger | TensorBoardLogger] = []
+        if config.wandb:
+            self.loggers.append(WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")))
+        if config.tensorboard:
+            self.loggers.append(TensorBoardLogger(config.tensorboard, self.run.path, self.first_step))
         self.progress = Progress(config.train.steps, self.first_step, config.train.log_every)
 
     def __enter__(self) -> Observer:
@@ -78,8 +84,8 @@ class Observer:
                 lost = f"{self.run.metrics_file}: its last lines could not be written: {failure.strerror or failure}"
                 self.message(lost)
             self.progress.__exit__(kind, error, trace)
-            if self.wandb:
-                self.wandb.close()
+            for logger in self.loggers:
+                logger.close()
             if lost and kind is None:
                 raise TrainingError(lost)
 
@@ -95,12 +101,11 @@ class Observer:
 
     def finish_step(
         self,
-        step: int,
         loss: BatchLoss,
         result: StepResult,
         learning_rate: float,
         tokens: int,
-        total_tokens: int,
+        position: TrainingPosition,
         sequence_length: int,
         further: Mapping[str, float],
     ) -> None:
@@ -108,21 +113,22 @@ class Observer:
 
         Args:
             tokens: how many the step read.
-            total_tokens: how many all steps so far read.
+            position: of the run behind this step.
             sequence_length: of the rows that they were read in.
-            further: what the model's mixers and the data report, over all layers and ranks.
+            further: what the model's mixers, the data and the devices report, over all layers and ranks.
         """
         if not self.is_main:
             return
         rate = tokens / max(time.perf_counter() - self._began, 1e-9)
         achieved, peak = rate * self._model_flops(sequence_length, further), self.peak_flops_per_second
         self.pending = {
-            "step": step,
+            "step": position.step,
             "loss": loss.nats_per_token,
             "bits_per_byte": loss.bits_per_byte,
             "grad_norm": result.gradient_norm,
             "learning_rate": learning_rate,
-            "tokens": total_tokens,
+            "tokens": position.tokens,
+            "samples": position.samples,
             "tokens_per_second": rate,
             "tflops_per_second": achieved / 1e12,
             **({} if peak is None else {"model_flops_utilization": achieved / peak}),
@@ -130,7 +136,7 @@ class Observer:
             **({"failed_checkpoints": self.failed_checkpoints} if self.failed_checkpoints else {}),
             **further,
         }
-        self.progress.update(step, self.pending)
+        self.progress.update(position.step, self.pending)
 
     def _model_flops(self, sequence_length: int, further: Mapping[str, float]) -> float:
         """Useful FLOPs of a token in rows of this length; with as many chunks as the model chose, where it does."""
@@ -168,8 +174,8 @@ class Observer:
         """Writes the figures of the last step, once all of them are there."""
         if self.is_main and self.pending:
             self._log(lambda: self.metrics.append(self.pending))
-            if self.wandb:
-                self.wandb.log(int(self.pending["step"]), self.pending)
+            for logger in self.loggers:
+                logger.log(int(self.pending["step"]), self.pending)
             self.pending = {}
 
     def sync(self) -> None:

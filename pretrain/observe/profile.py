@@ -167,7 +167,7 @@ def _as_scratch(config: Config, directory: Path, steps: int) -> Config:
     """The same run elsewhere: nothing is sent or saved, and there are steps enough."""
     train = config.train.model_copy(update={"steps": max(steps, config.train.steps)})
     run = config.run.model_copy(update={"directory": str(directory)})
-    return config.model_copy(update={"run": run, "train": train, "wandb": None})
+    return config.model_copy(update={"run": run, "train": train, "wandb": None, "tensorboard": None})
 
 
 def _profile(config: Config, steps: int, warm_up: int, output: Path) -> Profile | None:

@@ -69,6 +69,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def read_gradient(self, name: str) -> Tensor | None:
+        """This rank's slice of a parameter's complete gradient, before it is clipped; None where there is none.
+
+        Between :meth:`accumulate` and :meth:`step`; collective as :meth:`read_state` is.
+        """
+
+    @abstractmethod
     def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
         """Sets both moments of every parameter (this rank's slices) and AdamW's count of steps."""
 
@@ -184,6 +191,9 @@ class ReplicatedEngine(Engine):
         if kind == "weight":
             return parameter.detach()
         return self.optimizer.state.get(parameter, {}).get(kind)
+
+    def read_gradient(self, name: str) -> Tensor | None:
+        return self.parameters[name].grad
 
     def write_moments(self, moments: Iterator[tuple[str, dict[str, Tensor]]], steps: int) -> None:
         for name, values in moments:

@@ -36,6 +36,7 @@ os.environ.setdefault("LOCAL_RANK", "0")
 import deepspeed  # noqa: E402 (reads the environment when it is imported)
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
@@ -222,6 +223,9 @@ class ZeroEngine(Engine):
             return parameter.detach()
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+    def read_gradient(self, name: str) -> Tensor | None:
+        return safe_get_full_grad(self.parameters[name])
 
     def _create_moments(self) -> None:
         """Makes AdamW's state before its first step, as that step would.

@@ -6,13 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pretrain.config import parse_config
+from pretrain.models.mixer import Documents
+from pretrain.models.state_figures import StateFigures
 from pretrain.observe import slow_ranks
 from pretrain.observe.profile import profile_run
 from pretrain.parallel.topology import build_topology
 from tests.configurations import tiny_config
+from tests.conformance.cases import find_case
+from tests.conformance.tools import build
 
 
 def slow_rank(parallel: dict[str, Any], waits: str) -> list[str]:
@@ -33,3 +38,31 @@ def profile(raw: dict[str, Any], steps: int, output: str) -> dict[str, Any] | No
     """What is measured of a run, as JSON holds it; None on ranks other than 0."""
     measured = profile_run(parse_config(raw, "test"), steps, 1, Path(output))
     return None if measured is None else measured.to_dict(1000)
+
+
+def states_of_layers(case_names: list[str]) -> dict[str, float]:
+    """How far figures of a sequence that is read token by token are from those of the whole, by mixer and figure."""
+    differences = {}
+    for name in case_names:
+        case = find_case(name)
+        mixer = build(case)
+        generator = torch.Generator().manual_seed(3)
+        hidden = torch.randn(9, 2, case.hidden_size, generator=generator)
+        starts = torch.zeros(2, 9, dtype=torch.bool)
+        starts[:, 0] = starts[0, 4] = True
+        mixer.figures = StateFigures()
+        mixer(hidden, None, Documents(starts))
+        whole, mixer.figures = mixer.figures, StateFigures()
+        state = None
+        for token in range(9):
+            if token == 8:
+                # Only what is behind the last token counts of states.
+                mixer.figures.sums.pop("state_norm"), mixer.figures.largest.clear()
+            _, state = mixer(hidden[token : token + 1], state, Documents(starts[:, token : token + 1]))
+        for figure, (total, count) in whole.sums.items():
+            other_total, other_count = mixer.figures.sums[figure].tolist()
+            assert count == other_count and abs(total) > 1e-6, (name, figure, count, other_count)
+            differences[f"{name} {figure}"] = abs(total.item() - other_total) / abs(total.item())
+        largest = whole.largest["largest_state"].item()
+        differences[f"{name} largest"] = abs(mixer.figures.largest["largest_state"].item() - largest) / largest
+    return differences

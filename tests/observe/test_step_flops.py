@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.training import TrainingPosition
 from pretrain.config import load_config
 from pretrain.observe.metrics import read_metrics
 from pretrain.observe.observer import Observer
@@ -45,7 +46,9 @@ def test_utilization_is_useful_work_over_what_the_devices_could_do(peak: float |
     watching.open()
     watching.start_step()
     loss = BatchLoss(nats=20.0, labels=10, bytes=10)
-    watching.finish_step(1, loss, StepResult(1.0, applied=True), 1e-3, 64, 64, watching.config.data.sequence_length, {})
+    length = watching.config.data.sequence_length
+    position = TrainingPosition(step=1, samples=1, tokens=64)
+    watching.finish_step(loss, StepResult(1.0, applied=True), 1e-3, 64, position, length, {})
     watching.sync()
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     if peak is None:

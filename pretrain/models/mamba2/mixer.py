@@ -202,6 +202,10 @@ class Mamba2(SequenceMixer):
             document_starts=starts,
             chunk_size=self.config.chunk_size,
         )
+        if self.figures is not None:
+            self.figures.gate("step_size", step)
+            self.figures.gate("decay", torch.exp(step * written[2]))
+            self.figures.state(final["matrix"])
         gate = gate.float() if self.config.gate_bias is None else gate.float() + self.gate_bias
         gated = recurrent.transpose(0, 1).flatten(2).float() * nn.functional.silu(gate)
         return self.output(self.norm(gated).to(hidden.dtype)), final

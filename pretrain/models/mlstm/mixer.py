@@ -118,6 +118,11 @@ class MLSTM(SequenceMixer):
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,
         )
+        if self.figures is not None:
+            self.figures.gate("log_input_gate", written[2])
+            self.figures.gate("forget_gate", torch.sigmoid(written[3]))
+            self.figures.gate("output_gate", torch.sigmoid(output_gate.float()))
+            self.figures.state(final.matrix, final.stabilizer[..., None, None])
         # The cell keeps the layout of its inputs in memory: turned back first, the norm needs no copy.
         cell = cell.transpose(0, 1).float()
         normed = nn.functional.layer_norm(cell, (self.value_head,), eps=self.config.norm_epsilon)

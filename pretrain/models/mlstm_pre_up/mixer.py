@@ -157,6 +157,10 @@ class MLSTMPreUp(SequenceMixer):
             chunk_size=self.config.chunk_size,
             epsilon=self.config.cell_epsilon,
         )
+        if self.figures is not None:
+            self.figures.gate("log_input_gate", gates[0])
+            self.figures.gate("forget_gate", torch.sigmoid(gates[1]))
+            self.figures.state(final.matrix, final.stabilizer[..., None, None])
         # The cell keeps the layout of its inputs in memory: turned back first, the norm needs no copy.
         cell = cell.transpose(0, 1).float()
         normed = nn.functional.layer_norm(cell, (self.head_size,), eps=self.config.norm_epsilon)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.newton_rnn import NewtonReport, newton_gru
 from pretrain.models.mixer import State
 from pretrain.models.newton_block import NewtonBlock
+from pretrain.models.state_figures import values_before
 
 
 class ParaGRU(NewtonBlock):
@@ -34,6 +36,11 @@ class ParaGRU(NewtonBlock):
             gates, self.recurrent, initial_state=initial, document_starts=starts, **options
         )
         return hidden, {"hidden": final}, report
+
+    def add_gates(self, gates: Tensor, hidden: Tensor, state: State | None, starts: Tensor | None) -> None:
+        before = values_before(hidden, None if state is None else state["hidden"], starts)
+        for row, name in enumerate(("update_gate", "reset_gate")):
+            self.figures.gate(name, torch.sigmoid(gates[:, :, row] + self.recurrent[row] * before))
 
 
 MIXER = ParaGRU

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.newton_rnn import NewtonReport, newton_lstm
+from kernels.newton_rnn import NewtonReport, newton_lstm, newton_rnn
+from kernels.newton_rnn.lstm import LSTMCell
 from pretrain.models.mixer import State
 from pretrain.models.newton_block import NewtonBlock
+from pretrain.models.state_figures import values_before
 
 
 class ParaLSTM(NewtonBlock):
@@ -39,6 +41,19 @@ class ParaLSTM(NewtonBlock):
         )
         cell, last = final.unbind(1)
         return hidden, {"cell": cell, "hidden": last}, report
+
+    def add_gates(self, gates: Tensor, hidden: Tensor, state: State | None, starts: Tensor | None) -> None:
+        # The cell of each token, which the gates see, is solved for again: layers keep the hidden state alone.
+        initial = None if state is None else torch.stack([state["cell"], state["hidden"]], dim=1)
+        states, _, _ = newton_rnn(
+            LSTMCell(), gates, (self.recurrent, self.peephole), initial_state=initial, document_starts=starts
+        )
+        old_cell, old_hidden = values_before(states, initial, starts).unbind(2)
+        forget, output, _ = gates.unbind(2)
+        forget = forget + self.recurrent[0] * old_hidden + self.peephole[0] * old_cell
+        output = output + self.recurrent[1] * old_hidden + self.peephole[1] * states[:, :, 0]
+        self.figures.gate("forget_gate", torch.sigmoid(forget))
+        self.figures.gate("output_gate", torch.sigmoid(output))
 
 
 MIXER = ParaLSTM

@@ -20,6 +20,7 @@ from pretrain.models.parameters import (
     uniform,
 )
 from pretrain.models.slstm.config import SLSTMConfig
+from pretrain.models.state_figures import values_before
 
 # In the order of the kernel. The first two see the convolved input, the others the input itself.
 GATES = ("input_gate", "forget_gate", "cell_input", "output_gate")
@@ -108,6 +109,20 @@ class SLSTM(SequenceMixer):
         weights = torch.cat([getattr(self, f"{name}_weight").to(hidden.dtype) for name in gates], 1)
         return torch.bmm(by_head, weights.mT).unflatten(-1, (len(gates), self.head_size))
 
+    @torch.no_grad()
+    def _add_figures(
+        self, gates: Tensor, hidden: Tensor, last: SLSTMState, before: Tensor | None, starts: Tensor | None
+    ) -> None:
+        """Gates are found again, with what they saw of the hidden state before each token."""
+        recurrent = torch.einsum(
+            "ghde,bthe->btghd", self.recurrent_weight, values_before(hidden.float(), before, starts)
+        )
+        full = gates.float() + self.bias + recurrent
+        self.figures.gate("log_input_gate", full[:, :, GATES.index("input_gate")])
+        for name in ("forget_gate", "output_gate"):
+            self.figures.gate(name, torch.sigmoid(full[:, :, GATES.index(name)]))
+        self.figures.state(last.cell, last.stabilizer)
+
     def forward(self, hidden: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State]:
         starts = None if documents is None else documents.starts
         hidden = self._own_channels(hidden)
@@ -124,14 +139,16 @@ class SLSTM(SequenceMixer):
             convolved = convolved.transpose(0, 1)
         gates = torch.cat([self._project(convolved, *GATES[:2]), self._project(hidden, *GATES[2:])], 2)
         # (heads, sequence, batch, gates, size), as the kernel's loop goes through it.
-        gates = gates.unflatten(1, hidden.shape[:2])
+        gates = gates.unflatten(1, hidden.shape[:2]).permute(2, 1, 3, 0, 4)
         cell, last = slstm(
-            gates.permute(2, 1, 3, 0, 4),
+            gates,
             self.recurrent_weight,
             self.bias,
             initial_state=None if state is None else SLSTMState(*(state[name] for name in STATE)),
             document_starts=starts,
         )
+        if self.figures is not None:
+            self._add_figures(gates, cell, last, None if state is None else state["hidden"], starts)
         cell = cell.transpose(0, 1).float()
         normed = nn.functional.layer_norm(cell, (self.head_size,), eps=self.config.norm_epsilon)
         output = (normed.flatten(2) * self.norm_weight).to(hidden.dtype)

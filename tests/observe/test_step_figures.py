@@ -1,0 +1,107 @@
+"""Figures of blocks and layers: the same in every layout, and in agreement with those of the whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pretrain.observe.step_figures import block_of
+from tests.runs import raw_config, write_corpus
+
+PROGRAMS = "tests.observe.programs"
+RECURRENT = ["mlstm", "mlstm_pre_up", "slstm", "mamba2", "para_gru", "para_lstm"]
+GATES = {
+    "mlstm": {"log_input_gate", "forget_gate", "output_gate"},
+    "mlstm_pre_up": {"log_input_gate", "forget_gate"},
+    "slstm": {"log_input_gate", "forget_gate", "output_gate"},
+    "mamba2": {"step_size", "decay"},
+    "para_gru": {"update_gate", "reset_gate"},
+    "para_lstm": {"forget_gate", "output_gate"},
+}
+LAYOUTS = {
+    "tensor2": (2, {"tensor": 2, "sequence": True, "zero": 1}),
+    "pipeline2": (2, {"pipeline": 2, "zero": 0}),
+    "data2_zero2": (2, {"zero": 2}),
+    "data2_zero3": (2, {"zero": 3}),
+}
+
+
+def raw_run(directory, parallel, **observe):
+    blocks = {name: {"mixer": {"type": name}} for name in RECURRENT}
+    for name in ("mlstm", "mlstm_pre_up", "slstm", "para_gru", "para_lstm"):
+        blocks[name]["mixer"]["num_heads"] = 4
+    blocks["mlstm"]["mixer"]["chunk_size"] = 8
+    blocks["mamba2"]["mixer"] |= {"head_size": 16, "state_size": 8, "chunk_size": 8}
+    blocks["slstm"]["channel"] = {"type": "swiglu"}
+    model = {"num_layers": len(RECURRENT), "layers": RECURRENT, "blocks": blocks}
+    train = {"steps": 2, "checkpoint_every": 0, "evaluate_every": 0, "evaluate_samples": 4}
+    return raw_config(
+        directory, model=model, parallel=parallel, schedule={"warmup_steps": 0}, train=train, observe=observe
+    )
+
+
+@pytest.fixture(scope="module")
+def figures(worker_pools, tmp_path_factory):
+    """The lines of two steps, of which the second is looked at."""
+
+    def measure(processes, parallel):
+        directory = tmp_path_factory.mktemp("figures")
+        write_corpus(directory / "corpus", 20)
+        raw = raw_run(directory, parallel, every=2)
+        worker_pools(processes).run("tests.training.programs", "run_training", raw=raw)
+        return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def single(figures):
+    return figures(1, {"zero": 0})
+
+
+def test_blocks_add_up_to_the_model_and_layers_say_what_their_mixer_has(single):
+    unasked, asked = single
+    assert not [name for name in unasked if "/" in name or name == "update_ratio"]
+    assert unasked["samples"] == 4 and asked["samples"] == 8 and asked["peak_memory_bytes"] > 1e7
+    norms = {name: value for name, value in asked.items() if name.startswith("grad_norm/")}
+    assert set(norms) == {f"grad_norm/{block}" for block in (*(f"layers.{i}" for i in range(6)), "embedding", "head",
+                                                             "output_norm")}  # fmt: skip
+    assert math.sqrt(sum(value**2 for value in norms.values())) == pytest.approx(asked["grad_norm"], rel=1e-5)
+    assert 1e-4 < asked["update_ratio"] < 1
+    for layer, mixer in enumerate(RECURRENT):
+        found = {name.split("/")[0] for name in asked if name.endswith(f"/layers.{layer}")}
+        assert found == GATES[mixer] | {"state_norm", "largest_state", "grad_norm", "update_ratio"}
+        assert 0 < asked[f"state_norm/layers.{layer}"] and 0 < asked[f"largest_state/layers.{layer}"]
+        for gate in GATES[mixer] - {"log_input_gate"}:
+            assert 0 < asked[f"{gate}/layers.{layer}"] < 1, (mixer, gate)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_measures_the_same(layout, figures, single):
+    (_, found), (_, expected) = figures(*LAYOUTS[layout]), single
+    names = [name for name in expected if "/" in name or name == "update_ratio"]
+    assert [name for name in found if "/" in name or name == "update_ratio"] == names
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-7), name
+
+
+def test_gates_of_a_sequence_are_those_of_its_tokens_one_by_one(worker_pools):
+    """The gates of sLSTM and of the Newton cells see the state before each token, which is found again for them."""
+    (differences,) = worker_pools(1).run(PROGRAMS, "states_of_layers", case_names=[f"{name}-0" for name in RECURRENT])
+    assert {name.split("-")[0] for name in differences} == set(RECURRENT)
+    assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.mark.parametrize(
+    ("parameter", "block"),
+    [
+        ("layers.12.mixer.output.weight", "layers.12"),
+        ("encoder.layers.0.channel.up.weight", "encoder.layers.0"),
+        ("embedding.weight", "embedding"),
+        ("shared.router_cell.weight", "shared.router_cell"),
+    ],
+)
+def test_a_parameter_belongs_to_its_block(parameter, block):
+    assert block_of(parameter) == block
