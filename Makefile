@@ -38,7 +38,7 @@ quickstart: install
 	@$(BIN)/pretrain report $(RUN)
 	@echo "== 5/5 sampling"
 	@$(BIN)/pretrain generate $(RUN) --prompt "import os" --prompt "def main(" --max-new-tokens 300
-	@echo "== done: the run is in $(RUN), its curves in $(RUN).png, the exported model in $(EXPORT)"
+	@echo "== done: the run is in $(RUN), its curves in $(RUN).png and $(RUN).html, the exported model in $(EXPORT)"
 
 lint: install
 	@$(BIN)/ruff check .
@@ -58,4 +58,4 @@ bench: install
 	@$(BIN)/pretrain bench train
 
 clean:
-	rm -rf $(VENV) $(RUN) $(RUN).png $(EXPORT) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUN) $(RUN).png $(RUN).html $(EXPORT) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ app.command("rank-layers")(cli_distill.rank_layers)
 app.command("replace-layers")(cli_distill.replace_layers)
 app.command("evaluate")(cli_evaluate.evaluate)
 bench_app.command("recall")(cli_evaluate.bench_recall)
+app.command("report")(cli_observe.report)
 app.command("profile")(cli_observe.profile)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
@@ -184,18 +185,6 @@ def generate(
     texts = generate_text(source, prompts, max_new_tokens, temperature, top_k, top_p, seed, show_chunks=show_chunks)
     for given, text in zip(prompts, texts, strict=True):
         typer.echo(f"{'' if show_chunks else given}{text}\n{'-' * 40}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
-    output: Annotated[Path | None, typer.Option(help="PNG; by default RUN.png beside the first run")] = None,
-) -> None:
-    """Draw loss, learning rate, gradient norm and throughput to a PNG."""
-    from pretrain.observe.report import draw_report
-
-    target = output or runs[0].resolve().with_name(runs[0].resolve().name + ".png")
-    typer.echo(f"wrote {draw_report(runs, target)}")
 
 
 @app.command()

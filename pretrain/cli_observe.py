@@ -12,6 +12,27 @@ import typer
 from pretrain.errors import InputError
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option(help="picture, and no page unless --html names one")] = None,
+    html: Annotated[Path | None, typer.Option(help="page, and no picture unless --output names one")] = None,
+) -> None:
+    """Compare runs: curves as a picture, and one self-contained page with held-out losses, recall and samples.
+
+    Where neither is named both are written, RUN.png and RUN.html beside the first run.
+    """
+    from pretrain.observe.page import write_page
+    from pretrain.observe.report import draw_report
+
+    if output is None and html is None:
+        first = runs[0].resolve()
+        output, html = first.with_name(f"{first.name}.png"), first.with_name(f"{first.name}.html")
+    if output is not None:
+        typer.echo(f"wrote {draw_report(runs, output)}")
+    if html is not None:
+        typer.echo(f"wrote {write_page(runs, html)}")
+
+
 def profile(
     config: Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")],
     overrides: Annotated[

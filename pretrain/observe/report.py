@@ -54,12 +54,17 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
     Raises:
         InputError: for a run without metrics, a suffix that is not known, or a picture that cannot be written.
     """
+    output = Path(output)
+    check_suffix(output)
+    return save(report_figure(run_directories), output)
+
+
+def report_figure(run_directories: Sequence[str | Path]) -> Any:
+    """The picture of :func:`draw_report`, a matplotlib figure that is drawn when it is saved."""
     # Drawn without pyplot: no window system, and nothing global is changed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    output = Path(output)
-    check_suffix(output)
     if not run_directories:
         raise InputError("a report needs at least one run directory")
     runs = _read_runs([Path(directory) for directory in run_directories])
@@ -77,12 +82,12 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
         panel.xaxis.get_major_locator().set_params(integer=True)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)
     _draw_legend(figure, panels[0, 0], runs)
-    return save(figure, output)
+    return figure
 
 
 def _read_runs(directories: list[Path]) -> list[_Run]:
     runs = []
-    for directory, name in zip(directories, _distinct_names(directories), strict=True):
+    for directory, name in zip(directories, distinct_names(directories), strict=True):
         path = directory / "metrics.jsonl"
         if not path.exists():
             raise InputError(f"{directory} has no {path.name}; expected the directory of a run that has trained")
@@ -103,7 +108,7 @@ def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([float("nan") if value is None else float(value) for value in values])
 
 
-def _distinct_names(directories: list[Path]) -> list[str]:
+def distinct_names(directories: list[Path]) -> list[str]:
     """The last part of each path, or as many as it takes to tell them apart."""
     parts = [directory.resolve().parts for directory in directories]
     longest = max(map(len, parts))

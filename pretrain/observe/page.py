@@ -1,0 +1,278 @@
+"""One page of HTML about runs, with all that it shows inside: no file beside it, no script, no network.
+
+Everything that comes from files is escaped; pictures are SVG in ``img`` elements, in which browsers run nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.errors import InputError
+from pretrain.observe.metrics import read_metrics, replace_file
+from pretrain.observe.report import distinct_names, report_figure
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem; padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+h3 { font-size: 1rem; margin-bottom: .3rem; }
+img { width: 100%; height: auto; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap; }
+th { background: #f6f6f6; } th:first-child, td:first-child { text-align: left; }
+td.words { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 50rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .3rem 0; }
+p.note { color: #666; }
+"""
+# Rows of a table of evaluations, and texts of a prompt: the first, the last, and what fits between.
+_MOST_ROWS = 12
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    directory: Path
+    records: list[dict[str, Any]]
+
+    def values(self, key: str) -> list[float]:
+        """The finite values under ``key``, by step."""
+        return [record[key] for record in self.records if _is_finite(record.get(key))]
+
+
+def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Path:
+    """Writes a page that compares runs: figures, curves, held-out losses, recall, samples, configurations.
+
+    Of each run ``metrics.jsonl`` must be there; ``config.yaml``, ``recall.json``, ``samples.jsonl`` and
+    ``rollbacks.json`` are shown where they are, and passed over with a note where they cannot be read.
+
+    Args:
+        run_directories: directories of runs that have trained.
+        output: the page, which is replaced whole.
+
+    Raises:
+        InputError: a run has no metrics, or the page cannot be written.
+    """
+    output, directories = Path(output), [Path(directory) for directory in run_directories]
+    figure = report_figure(directories)
+    names = distinct_names(directories)
+    runs = [
+        _Run(name, path, read_metrics(path / "metrics.jsonl")) for name, path in zip(names, directories, strict=True)
+    ]
+    title = f"Training of {names[0]}" if len(names) == 1 else f"Training of {len(names)} runs"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _table(["run", *(label for label, _ in _SUMMARY)], [[run.name, *_summary(run)] for run in runs]),
+        "<h2>Curves</h2>",
+        _picture(figure, "loss, learning rate, gradient norm and speed over the steps"),
+        *_section("Held-out loss", [_held_out(runs)]),
+        *_section("Blocks and recurrent layers", [_layers(run) for run in runs]),
+        *_section("Recall", [_recall(run) for run in runs]),
+        *_section("Samples over time", [_samples(run) for run in runs]),
+        *_section("Loss spikes", [_rollbacks(run) for run in runs]),
+        *_section("Configurations", [_configuration(run) for run in runs]),
+    ]
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        f"style-src 'unsafe-inline'\">\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{chr(10).join(parts)}\n</body>\n</html>\n"
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output, page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from None
+    return output
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _last(key: str, text: str) -> Callable[[_Run], str]:
+    return lambda run: text.format(values[-1]) if (values := run.values(key)) else "-"
+
+
+def _lowest(run: _Run) -> str:
+    return f"{min(values):.4f}" if (values := run.values("held_out_loss")) else "-"
+
+
+def _median(key: str, text: str, factor: float = 1.0) -> Callable[[_Run], str]:
+    return lambda run: text.format(factor * statistics.median(values)) if (values := run.values(key)) else "-"
+
+
+def _skipped(run: _Run) -> str:
+    return f"{sum(record.get('skipped') is True for record in run.records):,}"
+
+
+# Column of the first table -> what stands in it.
+_SUMMARY: tuple[tuple[str, Callable[[_Run], str]], ...] = (
+    ("steps", _last("step", "{:,}")),
+    ("tokens", _last("tokens", "{:,}")),
+    ("training loss", _last("loss", "{:.4f}")),
+    ("held-out loss", _last("held_out_loss", "{:.4f}")),
+    ("lowest", _lowest),
+    ("bits per byte", _last("held_out_bits_per_byte", "{:.4f}")),
+    ("tokens/s", _median("tokens_per_second", "{:,.0f}")),
+    ("TFLOP/s", _median("tflops_per_second", "{:.4g}")),
+    ("MFU", _median("model_flops_utilization", "{:.1f}%", 100.0)),
+    ("peak memory", _last("peak_memory_bytes", "{:,}")),
+    ("skipped steps", _skipped),
+)
+
+
+def _summary(run: _Run) -> list[str]:
+    cells = [cell(run) for _, cell in _SUMMARY]
+    memory = [label for label, _ in _SUMMARY].index("peak memory")
+    if values := run.values("peak_memory_bytes"):
+        cells[memory] = f"{values[-1] / 2**30:,.2f} GiB"
+    return cells
+
+
+def _section(title: str, parts: list[str]) -> list[str]:
+    """A heading and what is under it; nothing where there is nothing."""
+    found = [part for part in parts if part]
+    return [f"<h2>{escape(title)}</h2>", *found] if found else []
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: frozenset[int] = frozenset()) -> str:
+    """``words``: columns of running text."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=words' if place in words else ''}>{escape(cell)}</td>" for place, cell in enumerate(row)
+        )
+        + "</tr>\n"
+        for row in rows
+    )
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>'
+
+
+def _picture(figure: Any, description: str) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="svg")
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{encoded}">'
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """At most so many of them, the first and the last among them."""
+    if len(items) <= _MOST_ROWS:
+        return items
+    return [items[round(place * (len(items) - 1) / (_MOST_ROWS - 1))] for place in range(_MOST_ROWS)]
+
+
+def _held_out(runs: list[_Run]) -> str:
+    by_run = [
+        {record["step"]: record["held_out_loss"] for record in run.records if _is_finite(record.get("held_out_loss"))}
+        for run in runs
+    ]
+    steps = _spread(sorted(set().union(*by_run)))
+    rows = [[f"{step:,}", *(f"{losses[step]:.4f}" if step in losses else "-" for losses in by_run)] for step in steps]
+    return _table(["step", *(run.name for run in runs)], rows) if rows else ""
+
+
+def _layers(run: _Run) -> str:
+    """The last figures of blocks and layers, one row each."""
+    record = next((record for record in reversed(run.records) if any("/" in key for key in record)), None)
+    if record is None:
+        return ""
+    names = [key.split("/", 1) for key in record if "/" in key]
+    figures = list(dict.fromkeys(figure for figure, _ in names))
+    blocks = list(dict.fromkeys(block for _, block in names))
+    rows = []
+    for block in blocks:
+        values = [record.get(f"{figure}/{block}") for figure in figures]
+        rows.append([block, *(f"{value:.4g}" if _is_finite(value) else "" for value in values)])
+    return f"<h3>{escape(run.name)}, step {record['step']:,}</h3>" + _table(["block", *figures], rows)
+
+
+def _note(run: _Run, file: str, problem: str) -> str:
+    return f'<p class="note">{escape(f"{run.name}: {file} cannot be shown: {problem}")}</p>'
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _recall(run: _Run) -> str:
+    """Whatever the file holds, as tables: what is inside of what stands in front of it."""
+    try:
+        text = _read(run.directory / "recall.json")
+        if text is None:
+            return ""
+        rows = list(_leaves(json.loads(text), ()))
+    except (OSError, ValueError, RecursionError) as error:
+        return _note(run, "recall.json", str(error))
+    return f"<h3>{escape(run.name)}</h3>" + _table(["what", "value"], rows) if rows else ""
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, (*path, str(key)))
+    else:
+        yield [" / ".join(path), f"{value:.4g}" if isinstance(value, float) else str(value)]
+
+
+def _samples(run: _Run) -> str:
+    """For each prompt what the model wrote after so many steps; lines of ``step``, ``prompt`` and ``text``."""
+    try:
+        lines = (_read(run.directory / "samples.jsonl") or "").splitlines()
+    except OSError as error:
+        return _note(run, "samples.jsonl", str(error))
+    by_prompt: dict[str, list[list[str]]] = {}
+    for line in lines:
+        try:
+            sample = json.loads(line)
+            row = [f"{int(sample['step']):,}", str(sample["text"])]
+            by_prompt.setdefault(str(sample["prompt"]), []).append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            # The last one may be half written.
+            continue
+    return "".join(
+        f"<h3>{escape(run.name)}: {escape(prompt or 'no prompt')}</h3>"
+        + _table(["step", "text"], _spread(rows), frozenset({1}))
+        for prompt, rows in by_prompt.items()
+    )
+
+
+def _rollbacks(run: _Run) -> str:
+    try:
+        text = _read(run.directory / "rollbacks.json")
+        rows = [[str(value) for value in entry.values()] for entry in json.loads(text)] if text else []
+        heads = list(json.loads(text)[0]) if rows else []
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return _note(run, "rollbacks.json", str(error))
+    spikes = sum(record.get("spike") is True for record in run.records)
+    said = (
+        f"<p>{escape(run.name)}: {spikes:,} steps with a spike, {len(rows):,} rollbacks</p>" if spikes or rows else ""
+    )
+    return said + (_table([head.replace("_", " ") for head in heads], rows) if rows else "")
+
+
+def _configuration(run: _Run) -> str:
+    try:
+        text = _read(run.directory / "config.yaml")
+        if text is not None:
+            yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        return _note(run, "config.yaml", " ".join(str(error).split()))
+    summary = f"<summary>{escape(run.name)}</summary>"
+    return f"<details>{summary}<pre>{escape(text)}</pre></details>" if text else ""
