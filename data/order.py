@@ -57,3 +57,40 @@ def rank_share(
     share = len(indices) // data_parallel_size
     start = data_parallel_rank * share
     return [list(indices[first : first + micro_batch_size]) for first in range(start, start + share, micro_batch_size)]
+
+
+def sample_indices(first: int, count: int, left_out: Sequence[tuple[int, int]]) -> list[int]:
+    """The next ``count`` indices from ``first`` on that lie in none of the ranges ``left_out``.
+
+    ``left_out``: half-open, sorted, apart from each other.
+    """
+    found: list[int] = []
+    for start, end in left_out:
+        found += range(first, min(start, first + count - len(found)))
+        if len(found) == count:
+            return found
+        first = max(first, end)
+    return found + list(range(first, first + count - len(found)))
+
+
+def first_of_last(end: int, count: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """The first of the last ``count`` indices below ``end`` that lie in none of the ranges ``left_out``; at least 0."""
+    for start, stop in reversed(left_out):
+        if stop > end:
+            end = min(end, start)
+            continue
+        if end - stop >= count:
+            break
+        count, end = count - (end - stop), start
+    return max(end - count, 0)
+
+
+def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open ranges, sorted, and those that meet or overlap made one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found

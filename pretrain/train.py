@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from dataclasses import dataclass
 
 from data.errors import DataError
 from pretrain.config.schema import Config
 from pretrain.errors import DivergedError
 from pretrain.parallel.agreement import any_rank
+from pretrain.rolling_back import rolls_back
 from pretrain.signals import StopRequest
 from pretrain.trainer import Trainer
 
@@ -47,9 +49,19 @@ def train(config: Config, resume: str = "auto", process_ends: bool = False) -> O
             ``synchronous``.
     """
     trainer = Trainer(config, resume)
-    settings, position = config.train, trainer.position
+    with StopRequest(process_ends) as stop:
+        while (outcome := _train(trainer, stop)) is None:
+            # A rollback is a resume; what the trainer held, on the device too, must go before there is another.
+            del trainer
+            gc.collect()
+            trainer = Trainer(config)
+    return outcome
+
+
+def _train(trainer: Trainer, stop: StopRequest) -> Outcome | None:
+    """The same up to a rollback; None where the run is to start again from before a loss spike."""
+    settings, position = trainer.config.train, trainer.position
     with (
-        StopRequest(process_ends) as stop,
         contextlib.closing(trainer),
         trainer.watchdog,
         trainer.observer as observer,
@@ -65,6 +77,8 @@ def train(config: Config, resume: str = "auto", process_ends: bool = False) -> O
                 trainer.save_what_is_new()
                 raise
             trainer.train_step(micro_batches)
+            if rolls_back(trainer):
+                return None
             stopping = any_rank(stop.received is not None, trainer.topology.device)
             diverged = position.skipped_in_a_row >= settings.max_skipped_steps
             last = stopping or diverged or position.step == settings.steps

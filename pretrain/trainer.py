@@ -10,11 +10,12 @@ import torch
 from data.batch import Batch
 from data.dataset import Data, SplitSummary, open_data
 from data.mixture import Phase
-from data.order import rank_share
+from data.order import merged, rank_share, sample_indices
 from data.read_ahead import ReadAhead
 from data.samples import MixtureSamples
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.recurrent_states import restore_states
+from pretrain.checkpoint.rollback import finish_rollbacks, left_out_of
 from pretrain.checkpoint.saver import CheckpointSaver
 from pretrain.checkpoint.training import (
     TrainingPosition,
@@ -33,6 +34,7 @@ from pretrain.observe.memory import peak_memory_bytes
 from pretrain.observe.observer import Observer
 from pretrain.observe.run_directory import RunDirectory
 from pretrain.observe.slow_ranks import SlowRanks
+from pretrain.observe.spikes import Spike, SpikeDetector
 from pretrain.observe.step_figures import StepFigures
 from pretrain.observe.watchdog import Watchdog
 from pretrain.optimizer.learning_rate import learning_rate
@@ -67,6 +69,10 @@ class Trainer:
         self.run = RunDirectory(Path(config.run.directory))
         rank, size = self.topology.rank, self.topology.world_size
         self.slow_ranks = SlowRanks(config, self.topology)
+        # Half-open ranges of samples that a rollback has taken out of the order of the data.
+        self.left_out: list[tuple[int, int]] = []
+        self.spikes = SpikeDetector(config.train.spikes) if config.train.spikes else None
+        self.spike: Spike | None = None
         self.watchdog = Watchdog(self.run.path, rank, size, config.train.hang_seconds)
         try:
             self._open(resume)
@@ -76,6 +82,7 @@ class Trainer:
 
     def _open(self, resume: str) -> None:
         config = self.config
+        self.left_out = on_main_rank(lambda: finish_rollbacks(self.run.path, self.run.checkpoints))
         start_from = on_main_rank(lambda: choose_checkpoint(self.run, self.data, config, resume))
         changed = on_main_rank(lambda: self.run.prepare(config, resume, start_from))
 
@@ -130,6 +137,9 @@ class Trainer:
 
     def _resume(self, model: object, reader: CheckpointReader) -> None:
         self.position = read_position(reader)
+        self.left_out = merged([*self.left_out, *left_out_of(reader.state)])
+        if self.spikes is not None:
+            self.spikes = SpikeDetector(self.config.train.spikes, reader.state.get("recent_losses", []))
         if isinstance(self.data.train, MixtureSamples):
             recorded = [Phase(**phase) for phase in reader.state["mixture_phases"]]
             self.data.train.go_on(recorded, self.position.samples)
@@ -177,7 +187,7 @@ class Trainer:
     def _read_batch(self, first: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins with sample ``first``."""
         train, topology = self.config.train, self.topology
-        indices = range(first, first + train.global_batch_size)
+        indices = sample_indices(first, train.global_batch_size, self.left_out)
         shares = rank_share(indices, train.micro_batch_size, topology.data_rank, topology.data_size)
         length = self.config.data.length_at(first * self.config.data.sequence_length)
         return [self.data.train.batch(share).cut(length) for share in shares]
@@ -191,13 +201,17 @@ class Trainer:
         position, train = self.position, self.config.train
         self.watchdog.begin(position.step + 1, "reading data")
         self.observer.start_step()
-        following = position.samples + train.global_batch_size if position.step + 1 < train.steps else None
+        following = self._behind_next_batch() if position.step + 1 < train.steps else None
 
         def read() -> list[Batch]:
             with self.slow_ranks.measure("reading data"):
                 return self.reader.take(position.samples, following)
 
         return together(read, self.topology.device)
+
+    def _behind_next_batch(self) -> int:
+        """The data's position when the next batch is read."""
+        return sample_indices(self.position.samples, self.config.train.global_batch_size, self.left_out)[-1] + 1
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Updates the weights with what :meth:`read_step` has read, and moves the position on."""
@@ -224,15 +238,16 @@ class Trainer:
             torch.cuda.synchronize()
         self.watchdog.begin(position.step + 1, "metrics")
 
-        samples = config.train.global_batch_size
-        tokens = samples * config.data.sequence_length
+        tokens = config.train.global_batch_size * config.data.sequence_length
         position.step += 1
-        position.samples += samples
+        position.samples = self._behind_next_batch()
         position.tokens += tokens
         position.skipped_steps += not result.applied
         position.skipped_in_a_row = 0 if result.applied else position.skipped_in_a_row + 1
         further = self._mixer_metrics() | self._source_metrics() | self.engine.decoder.take_loss_terms(loss.labels)
         further |= self.figures.after_update()
+        self.spike = self.spikes.take(loss.nats_per_token) if self.spikes else None
+        further |= {"spike": True} if self.spike else {}
         length = micro_batches[0].tokens.shape[1]
         self.saver.tell_what_ended()
         self.observer.finish_step(loss, result, rate, tokens, position, length, further)
@@ -288,6 +303,8 @@ class Trainer:
         state: dict[str, object] = {
             "data_fingerprint": self.data.fingerprint,
             "bookmarks": self.data.bookmarks(self.position.samples),
+            **({"left_out_samples": self.left_out} if self.left_out else {}),
+            **({"recent_losses": list(self.spikes.losses)} if self.spikes else {}),
         }
         if isinstance(self.data.train, MixtureSamples):
             state["source_fingerprints"] = self.data.source_fingerprints

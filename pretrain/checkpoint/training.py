@@ -28,8 +28,8 @@ class TrainingPosition:
 
     Attributes:
         step: optimizer steps that were taken or skipped.
-        samples: training samples that were read; the data's whole position.
-        tokens: tokens of those samples.
+        samples: place in the order of the data; those that a rollback left out count, though nobody read them.
+        tokens: of the samples that were trained on.
         skipped_steps: steps whose gradient was not finite.
         skipped_in_a_row: how many of the last steps those were.
     """
@@ -146,6 +146,8 @@ class _StoredRun(_Strict):
     bookmarks: dict[str, dict[str, Any]] = {}
     source_fingerprints: dict[str, str] = {}
     mixture_phases: list[_StoredPhase] = []
+    left_out_samples: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+    recent_losses: list[float] = []
     random_state: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
 

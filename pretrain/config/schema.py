@@ -12,6 +12,7 @@ from pretrain.config.distillation import DistillationConfig, distillation_proble
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
 from pretrain.config.observe import ObserveConfig, TensorBoardConfig
+from pretrain.config.spikes import SpikesConfig, spikes_problem
 from pretrain.config.stages import layers_of_stages
 from pretrain.models.registry import (
     OuterBlock,
@@ -279,6 +280,7 @@ class TrainConfig(StrictModel):
     max_skipped_steps: int = Field(
         10, ge=1, description="steps in a row with a gradient that is not finite before the run stops"
     )
+    spikes: SpikesConfig | None = Field(None, description="what to do when the loss jumps; null: nothing")
 
 
 class RunConfig(StrictModel):
@@ -338,7 +340,7 @@ class Config(StrictModel):
 def config_problem(config: Config) -> str | None:
     """Why the sections of a run do not fit together, in one sentence; None where they do."""
     problem = layout_problem(config) or _words_problem(config) or _batch_problem(config) or _schedule_problem(config)
-    return problem or carried_states_problem(config) or distillation_problem(config)
+    return problem or carried_states_problem(config) or spikes_problem(config) or distillation_problem(config)
 
 
 def _words_problem(config: Config) -> str | None:

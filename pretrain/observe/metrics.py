@@ -9,7 +9,8 @@ could do in bfloat16, on devices whose peak rate is known), and on the steps tha
 start that could not be saved while training went on. ``samples`` is the place in the order of the data behind the step;
 ``peak_memory_bytes`` the most that a process has held so far, on the rank that held most. Where an ``observe`` section
 asks for it, ``update_ratio`` is the norm of the step's update over that of the weights, and ``FIGURE/BLOCK`` the
-gradient norm, update ratio, gates and states of single blocks (``pretrain.observe.step_figures``).
+gradient norm, update ratio, gates and states of single blocks (``pretrain.observe.step_figures``). ``spike`` is true
+where ``train.spikes`` found one.
 
 JSON has no NaN and no infinity: such a value is written as ``null``, and where it is the loss or the gradient
 norm, ``skipped`` is true, because a step without a finite gradient changes no weight.

@@ -29,9 +29,10 @@ h3 { font-size: 1rem; margin-bottom: .3rem; }
 img { width: 100%; height: auto; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap; }
 th { background: #f6f6f6; } th:first-child, td:first-child { text-align: left; }
-td.words { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 50rem; }
+th.words, td.words { text-align: left; }
+td.words { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 50rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .3rem 0; }
 p.note { color: #666; }
 """
@@ -148,15 +149,12 @@ def _section(title: str, parts: list[str]) -> list[str]:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: frozenset[int] = frozenset()) -> str:
     """``words``: columns of running text."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=words' if place in words else ''}>{escape(cell)}</td>" for place, cell in enumerate(row)
-        )
-        + "</tr>\n"
-        for row in rows
-    )
+    kinds = [" class=words" if place in words else "" for place in range(len(heads))]
+    head = "".join(f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, heads, strict=True))
+    body = ""
+    for row in rows:
+        cells = (f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=False))
+        body += f"<tr>{''.join(cells)}</tr>\n"
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 

@@ -64,7 +64,8 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 class RunDirectory:
     """A run on disk: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, and ``wandb/`` and
-    ``tensorboard/`` where they are configured; ``launch/`` where a job was made for it; nothing else.
+    ``tensorboard/`` where they are configured; ``launch/`` where a job was made for it; ``rollbacks.json`` where loss
+    spikes were gone back from; nothing else.
 
     Every rank may build one to know the paths; only rank 0 calls :meth:`prepare`.
 

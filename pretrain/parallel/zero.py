@@ -225,7 +225,8 @@ class ZeroEngine(Engine):
             return parameter.detach().clone()
 
     def read_gradient(self, name: str) -> Tensor | None:
-        return safe_get_full_grad(self.parameters[name])
+        parameter = self.parameters[name]
+        return safe_get_full_grad(parameter) if parameter.requires_grad else None
 
     def _create_moments(self) -> None:
         """Makes AdamW's state before its first step, as that step would.

@@ -56,7 +56,7 @@ def test_a_page_holds_the_figures_of_all_runs(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in text, expected
     assert f"<td>40</td><td>{1.1 + 4 / 40:.4f}</td><td>-</td>" in text, "an evaluation that one run did not have"
-    assert text.count("class=words") == 12, "texts are thinned out, the first and the last kept"
+    assert text.count("<td class=words") == 12, "texts are thinned out, the first and the last kept"
     elements = parsed(tmp_path / "pages" / "runs.html")
     (picture,) = [attributes["src"] for tag, attributes in elements.found if tag == "img"]
     assert b"<svg" in base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))

@@ -114,3 +114,65 @@ def run_cut_in_a_save(raw: dict[str, Any], resume: str = "auto") -> None:
     finally:
         shards.save_file = original
     raise AssertionError("nothing was saved")
+
+
+def run_with_poison(raw: dict[str, Any], poisoned: list[int], resume: str = "auto") -> tuple[list[list[int]], str]:
+    """Trains while some samples are of one byte alone, and raise the loss three times.
+
+    Returns:
+        This rank's samples, step by step, in the order in which they were trained on, and what is said of the run.
+    """
+    import contextlib
+    import dataclasses
+    import io
+
+    from data.order import rank_share, sample_indices
+    from pretrain import trainer as module
+
+    schedule, read_batch = module.run_schedule, module.Trainer._read_batch
+    mark, trained = 7, []
+    # Batches stay alive in it, so that no other takes the identity of one.
+    made: dict[int, tuple[Any, list[int]]] = {}
+
+    def poisoning(self: module.Trainer, first: int) -> list[Any]:
+        train, topology = self.config.train, self.topology
+        indices = sample_indices(first, train.global_batch_size, self.left_out)
+        shares = rank_share(indices, train.micro_batch_size, topology.data_rank, topology.data_size)
+        batches = []
+        for share, batch in zip(shares, read_batch(self, first), strict=True):
+            tokens = batch.tokens.clone()
+            tokens[[place for place, index in enumerate(share) if index in poisoned]] = mark
+            batches.append(dataclasses.replace(batch, tokens=tokens))
+            made[id(batches[-1])] = batches[-1], share
+        return batches
+
+    def raising(model: Any, decoder: Any, batches: Any, device: torch.device, **options: Any) -> BatchLoss:
+        loss = schedule(model, decoder, batches, device, **options)
+        is_poisoned = any(bool((batch.tokens == mark).all(1).any()) for batch in batches)
+        return dataclasses.replace(loss, nats=3 * loss.nats) if is_poisoned and options["train"] else loss
+
+    def recording(self: module.Trainer, micro_batches: list[Any]) -> None:
+        trained.append([index for batch in micro_batches for index in made[id(batch)][1]])
+        train_step(self, micro_batches)
+
+    train_step = module.Trainer.train_step
+    module.run_schedule, module.Trainer._read_batch, module.Trainer.train_step = raising, poisoning, recording
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            train(parse_config(raw, "test"), resume)
+    finally:
+        module.run_schedule, module.Trainer._read_batch, module.Trainer.train_step = schedule, read_batch, train_step
+    return trained, output.getvalue()
+
+
+def run_without(raw: dict[str, Any], left_out: list[tuple[int, int]]) -> None:
+    """Trains a run that never has some samples."""
+    from pretrain import trainer as module
+
+    original = module.finish_rollbacks
+    module.finish_rollbacks = lambda *paths: left_out
+    try:
+        train(parse_config(raw, "test"))
+    finally:
+        module.finish_rollbacks = original
