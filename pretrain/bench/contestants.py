@@ -186,7 +186,7 @@ def product_shapes(workload: Workload, model: Decoder) -> list[tuple[int, int, i
     sizes = []
     for module in model.modules():
         if isinstance(module, ColumnParallelProjections):
-            sizes.append((getattr(module, f"{module.names[0]}_weight").shape[1], sum(module.sizes)))
+            sizes.append((getattr(module, f"{module.names[0]}_weight").shape[1], sum(module.sizes.values())))
         elif isinstance(module, (ColumnParallelProjection, RowParallelProjection)):
             sizes.append((module.weight.shape[1], module.weight.shape[0]))
     shapes = []
