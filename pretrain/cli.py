@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from data.errors import DataError
-from pretrain import cli_data, cli_distill, cli_evaluate, cli_launch, cli_observe, cli_tokenizer
+from pretrain import cli_bench, cli_data, cli_distill, cli_evaluate, cli_launch, cli_observe, cli_tokenizer
 from pretrain.cli_arguments import RunOrCheckpoint
 from pretrain.errors import (
     EXIT_BAD_INPUT,
@@ -42,18 +42,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 checkpoint_app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure speed, with a peer beside us in the same run.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
-app.add_typer(bench_app, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_tokenizer.app, name="tokenizer")
-app.command("launch")(cli_launch.launch)
-app.command("rank-layers")(cli_distill.rank_layers)
-app.command("replace-layers")(cli_distill.replace_layers)
-app.command("evaluate")(cli_evaluate.evaluate)
-bench_app.command("recall")(cli_evaluate.bench_recall)
-app.command("report")(cli_observe.report)
-app.command("profile")(cli_observe.profile)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
@@ -205,6 +197,15 @@ def models() -> None:
         typer.echo(f"{family.kind:9} {family.name:12} {summary}")
 
 
+app.command("launch")(cli_launch.launch)
+app.command("evaluate")(cli_evaluate.evaluate)
+cli_bench.app.command("recall")(cli_evaluate.bench_recall)
+app.command("report")(cli_observe.report)
+app.command("profile")(cli_observe.profile)
+app.command("rank-layers")(cli_distill.rank_layers)
+app.command("replace-layers")(cli_distill.replace_layers)
+
+
 @checkpoint_app.command("list")
 def checkpoint_list(run: Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]) -> None:
     """List a run's checkpoints, broken ones too."""
@@ -228,116 +229,6 @@ def checkpoint_verify(source: RunOrCheckpoint) -> None:
     from pretrain.checkpoint.commands import verify
 
     typer.echo(json.dumps(verify(source), indent=2))
-
-
-@bench_app.command("train")
-def bench_train(
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 7,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
-) -> None:
-    """Tokens/s of forward and backward beside the xlstm package and the machine's own matrix products."""
-    from pretrain.bench.train import print_bench_train
-
-    print_bench_train(rounds, as_json)
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="a kernel to time, can be given several times; default: all", metavar="NAME"),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="of torch on the CPU")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="time nothing; compile the Triton kernels for sm_80, sm_90 and sm_100, no GPU needed, and print "
-            "registers, spills and shared memory",
-        ),
-    ] = False,
-) -> None:
-    """Time of forward and backward of each cell beside its peers, and beside what bounds it on this machine."""
-    from pretrain.bench.kernels import print_bench_kernels, print_compiled_kernels
-
-    if compiled and (only or as_json):
-        raise InputError("--compile prints one table of all kernels: leave out --only and --json")
-    if compiled:
-        print_compiled_kernels()
-    else:
-        print_bench_kernels(only or [], rounds, threads, as_json)
-
-
-@bench_app.command("data")
-def bench_data(
-    tokens: Annotated[int, typer.Option(min=1_000_000, help="of the random corpus that is read")] = 100_000_000,
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
-) -> None:
-    """Tokens/s of our batches beside Megatron's, datasets' and others', start-up, and tokenizing."""
-    from pretrain.bench.data import print_bench_data
-
-    print_bench_data(tokens, rounds, as_json)
-
-
-@bench_app.command("checkpoint")
-def bench_checkpoint(
-    parameters: Annotated[str, typer.Option(help="of the model, for instance 200M", metavar="COUNT")] = "200M",
-    ranks: Annotated[int, typer.Option(min=1, help="processes, on the CPU; ZeRO-1 over all of them")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="rounds in which all take turns; the median is printed")] = 3,
-    directory: Annotated[Path, typer.Option(help="on the file system to measure; left as it was")] = Path("."),
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
-) -> None:
-    """How long training waits for a checkpoint: ours, DeepSpeed's and torch's, written meanwhile or not."""
-    from pretrain.bench.checkpoint import print_bench_checkpoint
-
-    print_bench_checkpoint(parameters, ranks, rounds, directory, as_json)
-
-
-@bench_app.command("context")
-def bench_context(
-    ranks: Annotated[str, typer.Option(help="numbers of processes, with commas between; 1 is always among them")] = (
-        "1,2,4"
-    ),
-    tokens: Annotated[int, typer.Option(min=1, help="of the one sequence; attention and models have a fourth")] = 8192,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="a mixer, or model, can be given several times; default: all", metavar="NAME"),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds; the median is printed")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="of torch in each process")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every round's figures")] = False,
-) -> None:
-    """One sequence over several processes, which it starts itself: messages beside the formulas, and time of a step
-    beside the ideal, a chain of ranks and all-to-all over heads."""
-    from pretrain.bench.context import Settings
-    from pretrain.bench.context_report import parse_ranks, print_bench_context
-
-    settings = Settings(parse_ranks(ranks), tokens, tuple(only or ()), rounds, threads)
-    print_bench_context(settings, as_json)
-
-
-@bench_app.command("equal-compute")
-def bench_equal_compute(
-    configs: Annotated[
-        list[str], typer.Argument(help="YAML files of runs; dotted overrides hold for all", metavar="CONFIG...")
-    ],
-    flops: Annotated[float, typer.Option(min=1, help="useful work of each, forward and backward")] = 6e11,
-    directory: Annotated[Path, typer.Option(help="where the runs are kept, and gone on with")] = Path(
-        "runs/equal_compute"
-    ),
-    samples: Annotated[int, typer.Option(min=1, help="held-out samples, at most, spread over the split")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Train several configurations for the same useful FLOPs, and compare their held-out bits per byte."""
-    from pretrain.bench.equal_compute import print_equal_compute
-
-    files = [Path(name) for name in configs if "=" not in name]
-    if not files:
-        raise InputError("no configuration is named; give one or more YAML files of runs")
-    print_equal_compute(files, [text for text in configs if "=" in text], flops, directory, samples, as_json)
 
 
 def _say(text: str) -> None:
