@@ -103,7 +103,7 @@ def _loss_without(path: Path, layer: int | None, samples: int) -> BatchLoss:
         loaded.decoder.layers[str(layer)].mixer.output.weight.zero_()
     data = open_data(loaded.config.data, loaded.config.train.seed)
     decoder = loaded.decoder
-    return evaluate_held_out(decoder, decoder, data.held_out, samples, 2, loaded.topology)
+    return evaluate_held_out(decoder, decoder, data.held_out, samples, 2, loaded.topology).whole
 
 
 def test_a_plan_says_that_the_teacher_is_not_counted() -> None:
