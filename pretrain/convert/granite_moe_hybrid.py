@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.config.schema import ModelConfig
-from pretrain.convert.native import NativeClass
+from pretrain.convert.native import LLAMA_NAMES, NativeClass
 from pretrain.models.hugging_face import ANY_TIME_STEP
 
 
@@ -31,13 +31,7 @@ GRANITE_MOE_HYBRID = NativeClass(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
     block="model.layers.{}",
-    names={
-        "embedding.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-        "mixer_norm.weight": "input_layernorm.weight",
-        "channel_norm.weight": "post_attention_layernorm.weight",
-    },
+    names=LLAMA_NAMES,
     parts=((True, True),),
     norm_epsilon="rms_norm_eps",
     layers={"linear_attention": ("mamba2", "swiglu"), "full_attention": ("attention", "swiglu")},

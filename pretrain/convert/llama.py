@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.config.schema import ModelConfig
-from pretrain.convert.native import NativeClass
+from pretrain.convert.native import LLAMA_NAMES, NativeClass
 
 
 def _fields(model: ModelConfig, layer_types: list[str | None]) -> dict[str, Any]:
@@ -23,13 +23,7 @@ def _dense(model_type: str, architecture: str, *unread: str) -> NativeClass:
         model_type=model_type,
         architecture=architecture,
         block="model.layers.{}",
-        names={
-            "embedding.weight": "model.embed_tokens.weight",
-            "output_norm.weight": "model.norm.weight",
-            "head.weight": "lm_head.weight",
-            "mixer_norm.weight": "input_layernorm.weight",
-            "channel_norm.weight": "post_attention_layernorm.weight",
-        },
+        names=LLAMA_NAMES,
         parts=((True, True),),
         norm_epsilon="rms_norm_eps",
         layers={None: ("attention", "swiglu")},

@@ -18,6 +18,15 @@ from pretrain.models.registry import MixerConfig, family_of
 
 PARTS = ("mixer", "channel")
 
+# Outside of its mixers, what Llama calls its parameters, and classes that follow it.
+LLAMA_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "mixer_norm.weight": "input_layernorm.weight",
+    "channel_norm.weight": "post_attention_layernorm.weight",
+}
+
 
 def _always(fields: Mapping[str, Any]) -> bool:
     return True

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pretrain.config.observe import TensorBoardConfig
 from pretrain.errors import InputError
-
-logger = logging.getLogger(__name__)
+from pretrain.observe.optional_service import OptionalService
 
 
 class TensorBoardLogger:
@@ -36,7 +34,7 @@ class TensorBoardLogger:
                 f"the section 'tensorboard' needs the package tensorboard, which cannot be imported ({error}); install "
                 f"it with 'pip install tensorboard', or take the section out"
             ) from None
-        self._warned = False
+        self._service = OptionalService("TensorBoard")
         directory = Path(run_directory) / "tensorboard"
         try:
             self._writer = module.SummaryWriter(
@@ -53,21 +51,8 @@ class TensorBoardLogger:
                 if name != "step" and value is not None and math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
 
-        self._without_failing(write)
+        self._service.attempt(write)
 
     def close(self) -> None:
         """Writes what is still in memory."""
-        self._without_failing(self._writer.close)
-
-    def _without_failing(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "TensorBoard failed and may miss metrics from here on; training goes on and metrics.jsonl has "
-                    "them all (%s: %s)",
-                    type(error).__name__,
-                    error,
-                )
+        self._service.attempt(self._writer.close)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import netrc
 import os
 import re
@@ -14,8 +13,7 @@ from urllib.parse import urlsplit
 
 from pretrain.config.schema import WandbConfig
 from pretrain.errors import InputError
-
-logger = logging.getLogger(__name__)
+from pretrain.observe.optional_service import OptionalService
 
 _DEFAULT_SERVER = "https://api.wandb.ai"
 _RUN_NAME = re.compile(r"(?:offline-)?run-[0-9]{8}_[0-9]{6}-(\w+)")
@@ -49,7 +47,7 @@ class WandbLogger:
                 "wandb.mode=online needs a login: set WANDB_API_KEY, run 'wandb login' once, or use "
                 "wandb.mode=offline and send the run later with 'wandb sync'"
             )
-        self._warned = False
+        self._service = OptionalService("Weights & Biases")
         try:
             self._run = wandb.init(
                 mode=config.mode,
@@ -73,24 +71,11 @@ class WandbLogger:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step; a failure is reported once in the log and never raised."""
         known = {key: value for key, value in metrics.items() if value is not None}
-        self._without_failing(lambda: self._run.log({**known, "step": step}))
+        self._service.attempt(lambda: self._run.log({**known, "step": step}))
 
     def close(self) -> None:
         """End the run so that it is whole on disk, and sent where the mode is online."""
-        self._without_failing(self._run.finish)
-
-    def _without_failing(self, action: Any) -> None:
-        try:
-            action()
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "Weights & Biases failed and may miss metrics from here on; training goes on and metrics.jsonl "
-                    "has them all (%s: %s)",
-                    type(error).__name__,
-                    error,
-                )
+        self._service.attempt(self._run.finish)
 
 
 def _has_login() -> bool:
