@@ -27,7 +27,7 @@ from pretrain.checkpoint.training import (
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.evaluate.held_out import HeldOutLoss, evaluate_held_out
-from pretrain.models.decoder import metric_reductions
+from pretrain.models.block import metric_reductions
 from pretrain.models.loading import read_weights
 from pretrain.models.parameters import initialise_weights
 from pretrain.observe.memory import peak_memory_bytes

@@ -92,6 +92,11 @@ def distillation_problem(config: Config) -> str | None:
             "distillation does not go with train.carry_state=true: the teacher's states are not kept from step to "
             "step; set it to false"
         )
+    if config.train.loss_chunk_size is not None:
+        return (
+            "distillation does not go with train.loss_chunk_size: the teacher's logits are compared with the student's "
+            "whole; set it to null"
+        )
     layers = config.distillation.layer_outputs.layers
     if isinstance(layers, list):
         wrong = [layer for layer in layers if not 0 <= layer < model.num_layers]

@@ -255,6 +255,12 @@ class TrainConfig(StrictModel):
     recompute: Literal["none", "block"] = Field(
         "none", description="block: keep only each block's input and compute the rest again backward"
     )
+    loss_chunk_size: int | None = Field(
+        None,
+        ge=1,
+        description="positions of a micro-batch whose float32 logits are held at once: less memory where the "
+        "vocabulary is large, for a second product of the head; null: all of them",
+    )
     carry_state: bool = Field(
         False,
         description="each row of a batch goes on where that of the step before ended, with its recurrent states, which "

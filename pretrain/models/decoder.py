@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -15,67 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 from data.packing import Batch
 from kernels.segments import ProcessSegments, Segments
-from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.config.stages import layers_of_stages
+from pretrain.models.block import Block, metric_reductions
 from pretrain.models.carried import initial_carried, pack, packed_channels, unpack, with_auxiliary_loss
-from pretrain.models.linear import ColumnParallelProjection, TiedProjection, no_initialisation
+from pretrain.models.linear import ColumnParallelProjection, TiedProjection, UsesWeight, no_initialisation
 from pretrain.models.mixer import Carried, Documents, LayerContext, MeasuredModule, State
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
-from pretrain.models.registry import AUXILIARY_LOSS, family_of
+from pretrain.models.registry import AUXILIARY_LOSS
 from pretrain.models.segments import SegmentChain
 from pretrain.models.sharing import share, shared_modules
 from pretrain.models.states_between_steps import StatesBetweenSteps
+from pretrain.models.vocabulary import Vocabulary, chunked_cross_entropy
 
 IGNORED_LABEL = -100
-
-
-class Block(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + channel(norm(x))``."""
-
-    def __init__(self, config: BlockConfig, model: ModelConfig, context: LayerContext):
-        super().__init__()
-        norm, sizes = NORMS[model.norm], (context.hidden_size, model.norm_epsilon, context.megatron.sequence_parallel)
-        self.mixer = self.channel = None
-        self.carries = config.channel is not None and bool(config.channel.carried(context.hidden_size))
-        if config.mixer is not None:
-            self.mixer_norm = norm(*sizes)
-            self.mixer = family_of(config.mixer).module(config.mixer, context)
-        if config.channel is not None:
-            self.channel_norm = norm(*sizes)
-            self.channel = family_of(config.channel).module(config.channel, context)
-
-    def forward(
-        self, hidden: Tensor, state: State | None, documents: Documents | None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        """Hidden states of the same shape, the mixer's state (None where there is no mixer), and what is carried on."""
-        carried = carried or {}
-        if self.mixer is not None:
-            mixed, state = self.mixer(self.mixer_norm(hidden), state, documents)
-            hidden = hidden + mixed
-        if self.channel is not None:
-            normed = self.channel_norm(hidden)
-            if self.carries:
-                mixed, carried = self.channel(normed, carried)
-            else:
-                mixed = self.channel(normed)
-            hidden = hidden + mixed
-        return hidden, state, carried
-
-
-def metric_reductions(model: ModelConfig) -> dict[str, str]:
-    """How each figure that the model and its mixers report combines over layers and ranks: max, sum or mean.
-
-    The same on every rank, whatever layers its stage holds.
-    """
-    reductions: dict[str, str] = {}
-    for block in model.blocks.values():
-        for config in (block.mixer, block.channel):
-            if config is not None:
-                reductions |= family_of(config).module.METRICS
-    if model.hierarchy is not None:
-        reductions |= model.hierarchy.metric_reductions()
-    return dict(sorted(reductions.items()))
 
 
 class Decoder(nn.Module):
@@ -85,6 +40,7 @@ class Decoder(nn.Module):
     ``config``, ``model_type`` and ``set_input_tensor`` are what Megatron-core's pipeline schedules ask for.
 
     Attributes:
+        loss_chunk_size: positions whose logits are held at once where labels are compared with them; None: all.
         between_steps: states that rows of a step go on with in the next; None: every row begins anew.
         nats_of_rows: what :meth:`forward` returned last, before it was summed over rows: ``(batch,)`` float32, without
             gradient; on the last stage only.
@@ -109,9 +65,12 @@ class Decoder(nn.Module):
         self.chain: SegmentChain | None = None
         self.segments: Segments | None = None
         self.between_steps: StatesBetweenSteps | None = None
+        self.loss_chunk_size: int | None = None
 
         # Rows behind the vocabulary, where it does not divide over the ranks, are zero and never likely.
         vocabulary = padded_size(model.vocab_size)
+        rows = vocabulary // parallel_state.get_tensor_model_parallel_world_size()
+        self.vocabulary = Vocabulary.of_this_rank(model.vocab_size, rows, model.output_logit_soft_cap)
         stages = stages or layers_of_stages(model.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
         layers = stages[parallel_state.get_pipeline_model_parallel_rank()]
         # A head that is tied to the embedding needs it on its own stage too.
@@ -241,19 +200,29 @@ class Decoder(nn.Module):
         tokens = tokens if self.config.sequence_parallel else tokens.t()
         return self.embedding(tokens).to(self.compute_dtype)
 
+    def _project(self, hidden: Tensor, *instead: UsesWeight) -> Tensor:
+        """The head's product, or what is made instead of the normed hidden states and the head's weight."""
+        hidden = self.output_norm(hidden)
+        if self.model.tie_embeddings:
+            return self.tied_head(hidden, self.embedding.weight, *instead)
+        return self.head(hidden, *instead)
+
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)``, float32."""
-        hidden = self.output_norm(hidden)
-        tied = self.model.tie_embeddings
-        logits = (self.tied_head(hidden, self.embedding.weight) if tied else self.head(hidden)).float()
-        cap = self.model.output_logit_soft_cap
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        real = self.model.vocab_size - parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        if self.model.vocab_size % ranks == 0 or real >= logits.shape[-1]:
-            return logits
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= real
-        return logits.masked_fill(padding, float("-inf"))
+        return self.vocabulary.logits(self._project(hidden))
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each label, ``(sequence, batch)`` float32; labels likewise, each a token."""
+        if self.loss_chunk_size is None:
+            return vocab_parallel_cross_entropy(self._head(hidden), labels)
+        by_chunks = partial(
+            chunked_cross_entropy,
+            labels=labels,
+            vocabulary=self.vocabulary,
+            chunk_size=self.loss_chunk_size,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return self._project(hidden, by_chunks)
 
     def _blocks(
         self,
@@ -320,8 +289,7 @@ class Decoder(nn.Module):
         if not self.is_last_stage:
             return pack(hidden, carried)
         counts = labels != IGNORED_LABEL
-        losses = vocab_parallel_cross_entropy(self._head(hidden), labels.where(counts, 0).t().contiguous())
-        nats = losses * counts.t()
+        nats = self._nats(hidden, labels.where(counts, 0).t().contiguous()) * counts.t()
         self.nats_of_rows, loss = nats.detach().sum(0), nats.sum()
         if AUXILIARY_LOSS not in carried:
             return loss

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from pretrain.models.parameters import ParameterSpec, declare, new_parameter
 
+# What is made of hidden states and a weight, in place of their product, while the module that owns the weight is
+# called: where weights are split over ranks (ZeRO 3), they are whole only then.
+UsesWeight = Callable[[Tensor, Tensor], Tensor]
+
 
 def no_initialisation(tensor: Tensor) -> Tensor:
     """Megatron-core asks for an initialiser; the configuration tells it not to initialise."""
@@ -193,6 +197,10 @@ class ColumnParallelProjection(_CastsWeight, ColumnParallelLinear):
         )
         declare(self.weight, spec)
 
+    def forward(self, hidden: Tensor, instead: UsesWeight | None = None) -> Tensor:
+        """``(sequence, batch, output_size / ranks)``; or what ``instead`` makes of the input and the weight."""
+        return super().forward(hidden) if instead is None else instead(hidden, self.weight)
+
 
 class TiedProjection(nn.Module):
     """A column-parallel map by a weight that belongs to another module: the output head of tied embeddings."""
@@ -209,6 +217,8 @@ class TiedProjection(nn.Module):
             skip_weight_param_allocation=True,
         )
 
-    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """``(sequence, batch, output_size / ranks)`` for this rank's ``weight``."""
+    def forward(self, hidden: Tensor, weight: Tensor, instead: UsesWeight | None = None) -> Tensor:
+        """``(sequence, batch, output_size / ranks)`` for this rank's ``weight``; or what ``instead`` makes of both."""
+        if instead is not None:
+            return instead(hidden, weight)
         return self.linear.forward_with(hidden, lambda: weight.to(hidden.dtype))

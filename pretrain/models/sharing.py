@@ -12,7 +12,7 @@ from pretrain.models.mixer import LayerContext, MeasuredModule
 from pretrain.models.registry import family_of
 
 if TYPE_CHECKING:
-    from pretrain.models.decoder import Block
+    from pretrain.models.block import Block
 
 
 def shared_modules(blocks: Iterable[BlockConfig], context: LayerContext) -> dict[str, nn.Module]:

@@ -21,6 +21,7 @@ def build_model(config: Config) -> Decoder:
     if config.distillation is not None:
         return build_student(config)
     model = build_decoder(config.model, megatron_config(config), config.parallel.stage_layers(config.model.num_layers))
+    model.loss_chunk_size = config.train.loss_chunk_size
     if config.parallel.context > 1:
         model.hold_segments(config.context_scheme)
     if config.train.carry_state:

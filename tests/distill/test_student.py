@@ -179,6 +179,7 @@ def test_teachers_that_do_not_fit(change: dict[str, Any], message: str, director
         ({"parallel": {"pipeline": 3}}, "distillation does not go with parallel.pipeline=3"),
         ({"parallel": {"context": 2}}, "distillation does not go with parallel.context=2"),
         ({"train": {"carry_state": True}, "data": {"packing": "concatenate"}}, "carry_state"),
+        ({"train": {"loss_chunk_size": 8}}, "distillation does not go with train.loss_chunk_size"),
         ({"distillation": {"layer_outputs": {"layers": [0, 3]}}}, "names layer 3, but layers are counted from 0 to 2"),
         ({"distillation": {"logits": {"weight": 0}}}, "both 0, so nothing is learned from the teacher"),
     ],

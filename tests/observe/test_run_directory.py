@@ -223,7 +223,10 @@ SAFE_TO_CHANGE = {
     *(f"optimizer.{name}" for name in ("type", "learning_rate", "betas", "epsilon", "weight_decay", "gradient_clip")),
     *(f"schedule.{name}" for name in ("type", "warmup_steps", "decay_steps", "final_fraction")),
     *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "device", "precision")),
-    *(f"train.{name}" for name in ("recompute", "evaluate_every", "evaluate_samples", "checkpoint_every")),
+    *(
+        f"train.{name}"
+        for name in ("recompute", "loss_chunk_size", "evaluate_every", "evaluate_samples", "checkpoint_every")
+    ),
     *(f"train.{name}" for name in ("checkpoint_mode", "keep_last", "keep_every", "log_every", "hang_seconds")),
     "train.max_skipped_steps",
     "train.spikes",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data.order import rank_share
-from pretrain.models.decoder import metric_reductions
+from pretrain.models.block import metric_reductions
 from pretrain.optimizer.learning_rate import learning_rate
 from pretrain.parallel.agreement import combine_ranks
 from pretrain.parallel.schedule import run_schedule

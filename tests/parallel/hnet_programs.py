@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.models.decoder import metric_reductions
+from pretrain.models.block import metric_reductions
 from pretrain.parallel.agreement import combine_ranks
 from pretrain.plan import plan
 from tests.configurations import tiny_config

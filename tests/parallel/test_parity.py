@@ -155,6 +155,26 @@ def test_every_mixer_in_one_model(layout, recompute, micro_batch_size, worker_po
     assert_same_run(results, one_process(model=model), relative=1e-5, weights=5e-5)
 
 
+@pytest.mark.parametrize("model", ["uneven_vocabulary", "uneven_tied_vocabulary"])
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        ("zero1", "none"),
+        ("tensor2", "none"),
+        ("data2_zero3", "block"),
+        ("tensor2_pipeline2_sequence_zero1", "none"),
+        ("tensor2_data2_sequence_zero3", "none"),
+    ],
+)
+def test_a_loss_by_chunks_is_the_loss(layout, recompute, model, worker_pools, one_process):
+    processes, parallel = LAYOUTS[layout]
+    # Micro-batches are of 32 positions.
+    train = {"loss_chunk_size": 7, "recompute": recompute}
+    overrides = {"parallel": parallel, "model": MODELS[model], "train": train}
+    results = worker_pools(processes).run(PROGRAMS, "train_steps", overrides=overrides, steps=STEPS)
+    assert_same_run(results, one_process(model=model), relative=1e-5, weights=5e-5)
+
+
 @pytest.mark.parametrize("layout", ["tensor2_sequence_zero1", "pipeline2_zero1", "data2_zero3", "data2_zero0"])
 def test_bfloat16_stays_close_to_one_process(layout, worker_pools, one_process):
     processes, parallel = LAYOUTS[layout]

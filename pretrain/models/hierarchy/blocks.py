@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.schema import ModelConfig
+from pretrain.models.block import Block
 from pretrain.models.carried import initial_carried
-from pretrain.models.decoder import Block
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
 from pretrain.models.norm import NORMS
 from pretrain.models.sharing import share, shared_modules
