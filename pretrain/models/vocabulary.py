@@ -1,7 +1,7 @@
 """Logits of this rank's part of the vocabulary, and the cross-entropy of labels by chunks of positions.
 
-Float32 logits, their softmax and its gradient are the largest tensors of a step where the vocabulary is large: 36 GiB
-for 32,768 positions of 50,304 tokens. By chunks, no more than one chunk of them is held at a time: forward keeps the
+Float32 logits are the largest tensors of a step where the vocabulary is large: 6 GiB for 32,768 positions of 50,304
+tokens, and with a soft cap three such tensors stand at once. By chunks, no more than one chunk of them is held at a time: forward keeps the
 logarithm of each position's sum, from which backward makes the softmax again. The head's product is done twice for it.
 """
 
@@ -114,7 +114,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for_hidden[chunk] = of_product @ cast
             if for_weight is not None:
                 # Chunks are summed in the dtype of the weight, which is float32.
-                for_weight += of_product.t() @ hidden[chunk]
+                if weight.dtype == hidden.dtype:
+                    for_weight.addmm_(of_product.t(), hidden[chunk])
+                else:
+                    for_weight += of_product.t() @ hidden[chunk]
             del of_product
         return for_hidden, for_weight, None, None, None
 
