@@ -1,8 +1,9 @@
 """Logits of this rank's part of the vocabulary, and the cross-entropy of labels by chunks of positions.
 
 Float32 logits are the largest tensors of a step where the vocabulary is large: 6 GiB for 32,768 positions of 50,304
-tokens, and with a soft cap three such tensors stand at once. By chunks, no more than one chunk of them is held at a time: forward keeps the
-logarithm of each position's sum, from which backward makes the softmax again. The head's product is done twice for it.
+tokens, and with a soft cap three such tensors stand at once. By chunks, no more than one chunk of them is held at a
+time: forward keeps the logarithm of each position's sum, from which backward makes the softmax again. The head's
+product is done twice for it.
 """
 
 from __future__ import annotations
