@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import CheckpointReader, list_checkpoints
-from tests.runs import curve, pretrain, raw_config, write_config, write_corpus
+from tests.runs import assert_same_curve, curve, pretrain, raw_config, write_config, write_corpus
 
 PROGRAMS = "tests.training.programs"
 # Processes that tests share may not start others, so the training process tokenizes.
@@ -32,10 +32,7 @@ def train(worker_pools):
 
 def assert_close(run: Path, whole: Path) -> None:
     found, expected = curve(run), curve(whole)
-    assert found.keys() == expected.keys()
-    for step, figures in expected.items():
-        # Sums in another order: float32 rounding, carried through twelve steps.
-        assert found[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(found, expected)
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

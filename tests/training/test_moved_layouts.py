@@ -16,7 +16,7 @@ from tests.configurations import every_mixer_model
 from tests.models.hat_models import WORDS, hat_model
 from tests.models.hnet_models import hnet_model
 from tests.parallel.test_parity import with_small_input_gates
-from tests.runs import curve, raw_config, write_corpus
+from tests.runs import assert_same_curve, curve, raw_config, write_corpus
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {"zero": 1}),
@@ -70,10 +70,7 @@ def test_every_family_moves_between_layouts(family, train, tmp_path) -> None:
     whole = curve(train(tmp_path / "whole", ("single", len(layouts)), **sections))
     legs = [(layout, step) for step, layout in enumerate(layouts, start=1)]
     moved = curve(train(tmp_path / "moved", *legs, **sections))
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        # Sums in another order: float32 rounding.
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
 
 
 BFLOAT16 = {"train": {"precision": "bfloat16"}}

@@ -12,7 +12,16 @@ import pytest
 
 from pretrain.checkpoint import list_checkpoints
 from pretrain.errors import EXIT_STOPPED_BY_SIGNAL
-from tests.runs import Running, curve, environment, pretrain, pretrain_anew, pretrain_command, write_config
+from tests.runs import (
+    Running,
+    assert_same_curve,
+    curve,
+    environment,
+    pretrain,
+    pretrain_anew,
+    pretrain_command,
+    write_config,
+)
 
 # Long enough to be still running when it is told to stop.
 MANY_STEPS = 100_000
@@ -68,8 +77,7 @@ def test_torchrun_trains_and_the_commands_read_the_run(tmp_path, unbroken):
     config = write_config(tmp_path, schedule={"type": "constant"})
     ended = pretrain_anew("train", config, processes=2)
     assert ended.returncode == 0, ended.stderr
-    for step, figures in curve(tmp_path / "run").items():
-        assert figures == pytest.approx(unbroken[step], rel=1e-5)
+    assert_same_curve(curve(tmp_path / "run"), unbroken)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
@@ -102,9 +110,7 @@ def test_one_rank_of_two_is_killed_and_the_launcher_starts_both_again(tmp_path, 
     ended = subprocess.run(command, env=kills, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "killed").exists() and "resumed from" in ended.stdout
-    assert curve(tmp_path / "run").keys() == unbroken.keys()
-    for step, figures in curve(tmp_path / "run").items():
-        assert figures == pytest.approx(unbroken[step], rel=1e-5)
+    assert_same_curve(curve(tmp_path / "run"), unbroken)
 
 
 # Python reads it when it starts: the second rank kills itself, once, when step 7 begins.

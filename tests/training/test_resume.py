@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pretrain.checkpoint import CheckpointReader, list_checkpoints
-from tests.runs import curve, raw_config, write_corpus
+from tests.runs import assert_same_curve, curve, raw_config, write_corpus
 
 PROGRAMS = "tests.training.programs"
 
@@ -80,10 +80,7 @@ def test_layout_changes_at_every_resume(train, unbroken, tmp_path):
     for layout, until in (("tensor2", 3), ("pipeline2", 5), ("context2", 7), ("data2_zero3", 9), ("single_zero0", 12)):
         train(tmp_path, layout, steps=until)
     moved = curve(tmp_path / "run")
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        # Sums in another order: float32 rounding, carried through twelve steps.
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
 
 
 def test_tied_embeddings_move_between_uneven_stages(train, tmp_path):
@@ -97,9 +94,7 @@ def test_tied_embeddings_move_between_uneven_stages(train, tmp_path):
         for layout, until in layouts:
             train(tmp_path / name, layout, steps=until, **tied)
     whole, moved = (curve(tmp_path / name / "run") for name in ("whole", "moved"))
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
 
 
 def test_a_vocabulary_that_does_not_divide_is_saved_without_padding(train, tmp_path):
@@ -109,9 +104,7 @@ def test_a_vocabulary_that_does_not_divide_is_saved_without_padding(train, tmp_p
         for layout, until in layouts:
             train(tmp_path / name, layout, steps=until, **uneven)
     whole, moved = (curve(tmp_path / name / "run") for name in ("whole", "moved"))
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
     newest = CheckpointReader(list_checkpoints(tmp_path / "moved" / "run" / "checkpoints")[-1])
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         assert newest.shape("embedding.weight", kind) == (257, 32)
@@ -191,9 +184,7 @@ def test_a_mixture_resumes_as_if_it_had_not_been_cut(train, tmp_path):
     train(tmp_path / "cut", "data2_zero1", steps=4, **both)
     train(tmp_path / "cut", "single", **both)
     cut = curve(tmp_path / "cut" / "run")
-    assert cut.keys() == whole.keys()
-    for step, figures in whole.items():
-        assert cut[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(cut, whole)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < lines[0]["epochs_three"] < lines[-1]["epochs_three"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.checkpoint import CheckpointReader, list_checkpoints
 from tests.models.expert_models import expert_model
-from tests.runs import curve, raw_config, write_corpus
+from tests.runs import assert_same_curve, curve, raw_config, write_corpus
 
 MODEL: dict[str, Any] = {
     "vocab_size": 264,
@@ -54,19 +54,14 @@ def test_experts_move_between_ranks_at_every_resume(train, tmp_path) -> None:
     whole = curve(train(tmp_path / "whole", ("single", 12)))
     legs = ("expert2_zero1", 2), ("single", 4), ("expert2_zero2", 6), ("pipeline2", 8), ("expert2_zero0", 10)
     moved = curve(train(tmp_path / "moved", *legs, ("data2_zero3", 12)))
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        # Sums in another order: float32 rounding, carried through twelve steps.
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
 
 
 def test_experts_of_every_network_of_a_hierarchy_move(train, tmp_path) -> None:
     model = expert_model("hnet")
     whole = curve(train(tmp_path / "whole", ("single", 4), model=model))
     moved = curve(train(tmp_path / "moved", ("expert2_zero1", 2), ("single", 4), model=model))
-    assert moved.keys() == whole.keys()
-    for step, figures in whole.items():
-        assert moved[step] == pytest.approx(figures, rel=1e-5), f"step {step}"
+    assert_same_curve(moved, whole)
 
 
 def test_same_layout_resumes_bit_for_bit(train, tmp_path) -> None:
