@@ -19,7 +19,7 @@ from data.documents import DocumentArrays
 from data.encoding import Encoder
 from data.errors import DataError
 from data.order import BLOCK_ORDER, BLOCK_SIZE, permutation, random_fraction
-from data.sources import Cursor, Source
+from data.source import Cursor, Source
 
 # A block of very long documents ends here, or it would not fit in memory.
 BLOCK_BYTES = 1 << 28

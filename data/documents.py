@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data.sources import Split
+from data.source import Split
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from data.config import HuggingFaceSource
 from data.errors import DataError
 from data.records import RecordReader
-from data.sources import Cursor, Document, DocumentReader, fingerprint_files
+from data.source import Cursor, Document, DocumentReader, fingerprint_files
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from data.config import MegatronIndexedSource
 from data.documents import SplitCounts
 from data.errors import DataError
 from data.indexed_format import Index, read_index
-from data.sources import Split
+from data.source import Split
 from data.tokenizers import Tokenizer
 
 # Datasets up to so many documents, or tokens, are looked at whole when they are opened.

@@ -16,7 +16,8 @@ from data.preparation.manifest import FORMAT_VERSION
 from data.preparation.memory import prepare_in_memory
 from data.preparation.plan import Options
 from data.prepared import open_directory, open_prepared
-from data.sources import Split, open_source
+from data.source import Split
+from data.sources import open_source
 from data.tokenizers import Tokenizer, open_tokenizer
 
 # A run reads every document that its source has; leaving out duplicates is asked for when text is prepared by hand.

@@ -22,7 +22,7 @@ from data.documents import SPLITS, SplitCounts
 from data.errors import DataError
 from data.indexed_format import read_index
 from data.preparation.manifest import FileRecord, Manifest, SplitPart, read_manifest
-from data.sources import Split
+from data.source import Split
 from data.tokenizers import Tokenizer
 
 # Shards of a split that are kept open; the limit of a process is often 1024 files.

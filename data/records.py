@@ -18,7 +18,7 @@ import fsspec
 
 from data.config import JsonlSource, RecordsConfig
 from data.errors import DataError
-from data.sources import Cursor, Document, DocumentReader, fingerprint_files
+from data.source import Cursor, Document, DocumentReader, fingerprint_files
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from data.packing import SourceSamples
 from data.preparation.encoding import encode_group
 from data.preparation.memory import MemorySplit
 from data.preparation.reading import Group
-from data.sources import Source
+from data.source import Source
 from data.splitting import held_out
 from data.tokenizers import Tokenizer
 

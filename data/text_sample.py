@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from data.config import ONLY_SOURCE, DataConfig, SourceConfig
 from data.errors import DataError
-from data.sources import Split, open_source
+from data.source import Split
+from data.sources import open_source
 from data.splitting import held_out, identity_position
 
 

@@ -22,7 +22,7 @@ from data.config import (
     TokenizerConfig,
 )
 from data.errors import DataError
-from data.sources import Split
+from data.source import Split
 from data.text_sample import TextSample, sample_text
 from data.tokenizers import open_tokenizer
 from data.tokenizers.base import tokenizing_threads

@@ -30,7 +30,9 @@ from data.preparation.manifest import (
 from data.preparation.plan import Options, make_plan
 from data.preparation.reading import ShardReader
 from data.preparation.shards import ShardWriter
-from data.sources import FileDocuments, Source, open_source
+from data.source import Source
+from data.sources import open_source
+from data.text_files import FileDocuments
 from data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)

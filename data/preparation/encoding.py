@@ -16,7 +16,7 @@ from data.errors import DataError
 from data.indexed_format import LONGEST_SEQUENCE
 from data.preparation.reading import Group
 from data.processes import start_processes
-from data.sources import Split
+from data.source import Split
 from data.tokenizers import Tokenizer, open_tokenizer
 
 # Text that is tokenized in this process before others are started, which takes each of them a second or so.

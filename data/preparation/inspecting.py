@@ -15,7 +15,8 @@ from data.errors import DataError
 from data.preparation.manifest import MANIFEST_FILE, Manifest
 from data.prepare import cached_directory, prepare
 from data.prepared import open_directory
-from data.sources import Split, open_source
+from data.source import Split
+from data.sources import open_source
 from data.splitting import held_out
 from data.tokenizers import Tokenizer, open_tokenizer
 

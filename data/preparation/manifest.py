@@ -20,7 +20,7 @@ from data.config import TokenizerConfig
 from data.documents import SPLITS, SplitCounts, content_fingerprint
 from data.errors import DataError
 from data.preparation.files import write_whole
-from data.sources import Split
+from data.source import Split
 
 # Raised whenever the stored form, the split or the cutting into shards changes.
 FORMAT_VERSION = 2

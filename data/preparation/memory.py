@@ -12,7 +12,8 @@ from data.documents import SPLITS, SplitCounts, TokenizedDocuments, content_fing
 from data.preparation.encoding import EncodedPart, encode_group
 from data.preparation.plan import Options
 from data.preparation.reading import ShardReader
-from data.sources import Split, open_source
+from data.source import Split
+from data.sources import open_source
 from data.tokenizers import Tokenizer
 
 

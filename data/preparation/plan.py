@@ -12,7 +12,7 @@ from data.documents import token_dtype
 from data.errors import DataError
 from data.preparation.manifest import FileRecord, Plan
 from data.preparation.reading import DEFAULT_SHARD_MEGABYTES
-from data.sources import Source
+from data.source import Source
 from data.tokenizers import Tokenizer
 
 # Settings of a source that say where it lies. What lies there is in its fingerprint.

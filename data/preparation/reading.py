@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from data.errors import DataError
 from data.preparation.digests import SeenDigests, digest_of
-from data.sources import Document, Source, Split
+from data.source import Document, Source, Split
 from data.splitting import identity_position
 
 DEFAULT_SHARD_MEGABYTES = 256.0

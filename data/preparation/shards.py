@@ -12,7 +12,7 @@ from data.indexed_format import index_content
 from data.preparation.encoding import EncodedGroup, EncodedPart
 from data.preparation.files import flush_directory, flush_file, temporary_name
 from data.preparation.manifest import FileRecord, ShardRecord, SplitPart
-from data.sources import Split
+from data.source import Split
 
 
 def shard_name(split: Split, number: int) -> str:

@@ -17,7 +17,7 @@ from data.mixture import Phase
 from data.order import rank_share
 from data.packing import PackedSamples, SourceSamples
 from data.samples import MixtureSamples
-from data.sources import Cursor, Document, DocumentReader
+from data.source import Cursor, Document, DocumentReader
 from data.stream import StreamedSamples
 from data.tokenizers.byte_level import ByteTokenizer
 

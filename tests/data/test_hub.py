@@ -20,7 +20,8 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import open_data
 from data.errors import DataError
 from data.hub import HubDocuments
-from data.sources import Document, Source, open_source
+from data.source import Document, Source
+from data.sources import open_source
 
 ROWS = [{"text": f"text {number} é", "meta": {"language": "en" if number % 3 else "de"}} for number in range(30)]
 

@@ -87,7 +87,7 @@ def test_the_cache_changes_nothing(
 def test_the_second_start_does_not_tokenize(text_directory: Path, tmp_path: Path, monkeypatch) -> None:
     cached = text_files(text_directory, cache_directory=str(tmp_path / "cache"))
     first = open_data(cached, seed=0)
-    monkeypatch.setattr("data.sources.FileDocuments.documents", None)
+    monkeypatch.setattr("data.text_files.FileDocuments.documents", None)
     longer = cached.model_copy(update={"sequence_length": 64})
     assert open_data(cached, seed=0).fingerprint == first.fingerprint
     assert open_data(longer, seed=0).fingerprint != first.fingerprint

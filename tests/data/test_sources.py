@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.sources import Source, open_source
+from data.source import Source
+from data.sources import open_source
 from data.splitting import held_out
 
 RECORDS = [{"text": "first\nline"}, {"text": "é \U0001f600", "other": 1}, {"text": "half \ud83d pair"}]

@@ -16,7 +16,7 @@ from data.blocks import BlockReader
 from data.encoding import Encoder
 from data.errors import DataError
 from data.order import BLOCK_ORDER, BLOCK_SIZE, permutation, random_fraction, rank_share
-from data.sources import Cursor, Document, DocumentReader
+from data.source import Cursor, Document, DocumentReader
 from data.stream import StreamedSamples
 from data.tokenizers.byte_level import ByteTokenizer
 

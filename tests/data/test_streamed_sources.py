@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.dataset import Data, open_data
 from data.errors import DataError
 from data.mixture import Phase
-from data.sources import Document
+from data.source import Document
 from data.splitting import held_out
 
 MARK = 256
