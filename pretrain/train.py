@@ -61,6 +61,7 @@ def train(config: Config, resume: str = "auto", process_ends: bool = False) -> O
 def _train(trainer: Trainer, stop: StopRequest) -> Outcome | None:
     """The same up to a rollback; None where the run is to start again from before a loss spike."""
     settings, position = trainer.config.train, trainer.position
+    samples = trainer.config.observe.samples if trainer.config.observe else None
     with (
         contextlib.closing(trainer),
         trainer.watchdog,
@@ -86,6 +87,8 @@ def _train(trainer: Trainer, stop: StopRequest) -> Outcome | None:
                 trainer.finish_saving()
             if _is_due(settings.evaluate_every, position.step, settings.steps) and not (stopping or diverged):
                 trainer.evaluate()
+            if samples and _is_due(samples.every, position.step, settings.steps) and not (stopping or diverged):
+                trainer.sample()
             if last or _is_due(settings.checkpoint_every, position.step, settings.steps):
                 trainer.save(wait=last)
             if diverged:

@@ -44,6 +44,7 @@ from pretrain.parallel.engine import Engine, StepResult
 from pretrain.parallel.schedule import BatchLoss, run_schedule
 from pretrain.parallel.topology import Topology, build_topology
 from pretrain.plan import device_peak_flops_per_second
+from pretrain.samples import sample_texts
 from pretrain.starting_point import choose_checkpoint
 
 
@@ -297,6 +298,16 @@ class Trainer:
         )
         self.observer.evaluated(self.position.step, loss.whole, loss.sources)
         return loss
+
+    def sample(self) -> None:
+        """What the model writes now behind each prompt of ``observe.samples``, recorded with the last step."""
+        settings, step = self.config.observe.samples, self.position.step
+        self.watchdog.begin(step, "samples")
+        texts = sample_texts(self.engine, self.data.tokenizer, settings, self.config.train.seed)
+        if texts is None:
+            self.observer.message(f"step {step}: no samples, because the model's logits are not finite")
+        else:
+            self.observer.sampled(step, settings.prompts, texts)
 
     def _data_state(self) -> dict[str, object]:
         """What a later start needs to go on with this data."""

@@ -207,6 +207,13 @@ class Decoder(nn.Module):
             return self.tied_head(hidden, self.embedding.weight, *instead)
         return self.head(hidden, *instead)
 
+    def _begin(self, tokens: Tensor) -> tuple[Tensor, Carried]:
+        """What this stage's first layer reads: embeddings, or what the stage before has sent."""
+        if not self.is_first_stage:
+            return unpack(self.input_tensor, self.carried_channels)
+        hidden = self._embed(tokens)
+        return hidden, initial_carried(hidden, self.carried_channels)
+
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary, ``(sequence, batch, vocabulary / ranks)``, float32."""
         return self.vocabulary.logits(self._project(hidden))
@@ -274,11 +281,7 @@ class Decoder(nn.Module):
             gradient is that of the sum with the mixers' auxiliary losses at the tokens of those labels;
             on the others hidden states, and what is carried with them, for the next.
         """
-        if self.is_first_stage:
-            hidden = self._embed(tokens)
-            carried = initial_carried(hidden, self.carried_channels)
-        else:
-            hidden, carried = unpack(self.input_tensor, self.carried_channels)
+        hidden, carried = self._begin(tokens)
         documents = Documents(document_starts, word_starts)
         if self.between_steps is None:
             hidden, carried, _ = self._blocks(hidden, carried, None, documents, keep_states=False)
@@ -306,7 +309,7 @@ class Decoder(nn.Module):
         document_starts: Tensor | None = None,
         word_starts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, State]]:
-        """Logits and the state after them, for a model that is whole on this rank.
+        """Logits and the state after them, of whole sequences.
 
         Args:
             tokens: ``(batch, sequence)`` int64.
@@ -315,7 +318,9 @@ class Decoder(nn.Module):
             word_starts: as in :meth:`forward`; None unless the model reads words.
 
         Returns:
-            ``(batch, sequence, vocabulary)`` float32, and the state of each layer.
+            ``(batch, sequence, vocabulary / ranks)`` float32, this rank's part of the vocabulary; on pipeline stages
+            before the last what :meth:`set_input_tensor` of the next one takes. And the state of each layer that is
+            here.
 
         Raises:
             InputError: the model reads words, and ``word_starts`` is None.
@@ -323,7 +328,8 @@ class Decoder(nn.Module):
         if document_starts is None and word_starts is not None:
             document_starts = torch.zeros_like(word_starts)
         documents = None if document_starts is None else Documents(document_starts, word_starts)
-        hidden = self._embed(tokens)
-        carried = initial_carried(hidden, self.carried_channels)
-        hidden, _, final = self._blocks(hidden, carried, states, documents, keep_states=True)
+        hidden, carried = self._begin(tokens)
+        hidden, carried, final = self._blocks(hidden, carried, states, documents, keep_states=True)
+        if not self.is_last_stage:
+            return pack(hidden, carried), final
         return self._head(hidden).transpose(0, 1), final

@@ -143,7 +143,7 @@ class ColumnParallelProjections(nn.Module):
             skip_weight_param_allocation=True,
         )
         # One for each set of maps that is done as one product; they hold no weights.
-        self._linears: dict[tuple[str, ...], _CastColumnParallelLinear] = {}
+        self.linears: dict[tuple[str, ...], _CastColumnParallelLinear] = {}
 
     def forward(self, hidden: Tensor, joined: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
         """Maps ``(sequence, batch, input_size)`` to one tensor of this rank's channels per projection.
@@ -181,10 +181,10 @@ class ColumnParallelProjections(nn.Module):
         sizes = {name: self.sizes[name] for name in names if name not in joined[1:]}
         if joined:
             sizes[joined[0]] = sum(self.sizes[name] for name in joined)
-        if names not in self._linears:
+        if names not in self.linears:
             # Megatron-core divides by the number of ranks what it is told.
-            self._linears[names] = self._new_linear(sum(sizes.values()) * self.ranks)
-        product = self._linears[names].forward_with(hidden, build)
+            self.linears[names] = self._new_linear(sum(sizes.values()) * self.ranks)
+        product = self.linears[names].forward_with(hidden, build)
         return dict(zip(sizes, product.split(list(sizes.values()), dim=-1), strict=True))
 
 

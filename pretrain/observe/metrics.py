@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for _, record in _read_lines(Path(path))]
 
 
-class MetricsLog:
-    """Appends to a metrics file; every line is handed to the operating system before ``append`` returns.
+class StepLog:
+    """Appends to a file of lines that each hold a ``step``; lines are with the operating system when appending returns.
 
     Lines that cannot be written (a full disk) are kept in memory, and tried again with each further line.
 
@@ -77,35 +77,6 @@ class MetricsLog:
             raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from None
         self._unwritten = bytearray()
         self._file = self._open()
-
-    def append(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line.
-
-        Args:
-            metrics: ``step``, which must be above every step already in the file, and numbers, truth values,
-                0-d tensors or arrays, or ``None`` (left out) under the other keys.
-
-        Raises:
-            ValueError: for a step that stands already, or a value that is not a number.
-            OSError: the system does not take the line now; it is not lost.
-        """
-        step = int(metrics["step"])
-        if self._last_step is not None and step <= self._last_step:
-            raise ValueError(
-                f"{self.path} already holds step {self._last_step}, so step {step} cannot be added; "
-                f"call truncate_after before a resumed run goes on"
-            )
-        record: dict[str, Any] = {"step": step}
-        for key, value in metrics.items():
-            if key != "step" and value is not None:
-                record[key] = _as_number(key, value)
-        not_finite = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        record.update(dict.fromkeys(not_finite))
-        if {"loss", "grad_norm"} & set(not_finite) and not record.get("skipped"):
-            record["skipped"] = True
-        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._last_step = step
-        self._write_out()
 
     def truncate_after(self, step: int) -> int:
         """Drop, in one atomic replacement, the lines of steps beyond ``step``, which a killed run left.
@@ -142,12 +113,19 @@ class MetricsLog:
         finally:
             self._file.close()
 
+    def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines of one step, which is the last one from now on."""
+        for record in records:
+            self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+            self._last_step = record["step"]
+        self._write_out()
+
     def _write_out(self) -> None:
         while self._unwritten:
             # A full disk may take half a line; the rest follows where it ended.
             del self._unwritten[: self._file.write(self._unwritten)]
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,6 +136,37 @@ class MetricsLog:
             return self.path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+class MetricsLog(StepLog):
+    """The metrics of a run, a line for each step."""
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line.
+
+        Args:
+            metrics: ``step``, which must be above every step already in the file, and numbers, truth values,
+                0-d tensors or arrays, or ``None`` (left out) under the other keys.
+
+        Raises:
+            ValueError: for a step that stands already, or a value that is not a number.
+            OSError: the system does not take the line now; it is not lost.
+        """
+        step = int(metrics["step"])
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(
+                f"{self.path} already holds step {self._last_step}, so step {step} cannot be added; "
+                f"call truncate_after before a resumed run goes on"
+            )
+        record: dict[str, Any] = {"step": step}
+        for key, value in metrics.items():
+            if key != "step" and value is not None:
+                record[key] = _as_number(key, value)
+        not_finite = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        record.update(dict.fromkeys(not_finite))
+        if {"loss", "grad_norm"} & set(not_finite) and not record.get("skipped"):
+            record["skipped"] = True
+        self._add([record])
 
 
 def _as_number(key: str, value: Any) -> int | float | bool:

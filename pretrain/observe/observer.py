@@ -1,17 +1,21 @@
-"""Everything that a run tells: metrics.jsonl, the progress on screen, Weights & Biases, TensorBoard. Rank 0 only."""
+"""Everything that a run tells: metrics.jsonl, samples.jsonl, the progress on screen, Weights & Biases, TensorBoard.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from pretrain.checkpoint.training import TrainingPosition
 from pretrain.config.schema import Config
 from pretrain.errors import InputError, TrainingError
-from pretrain.observe.metrics import MetricsLog
+from pretrain.observe.metrics import MetricsLog, StepLog
 from pretrain.observe.progress import Progress
 from pretrain.observe.run_directory import RunDirectory
+from pretrain.observe.samples_log import SamplesLog
 from pretrain.observe.tensorboard_logger import TensorBoardLogger
 from pretrain.observe.wandb_logger import WandbLogger
 from pretrain.parallel.engine import StepResult
@@ -44,7 +48,7 @@ class Observer:
         self._flops_per_token: dict[int, float] = {}
         self.pending: dict[str, object] = {}
         self.failed_checkpoints = 0
-        self._log_is_behind = False
+        self._behind: set[StepLog] = set()
         self._began = 0.0
 
     def open(self) -> None:
@@ -56,10 +60,16 @@ class Observer:
         """
         config = self.config
         self.metrics = MetricsLog(self.run.metrics_file)
-        try:
-            self.metrics.truncate_after(self.first_step)
-        except OSError as error:
-            raise InputError(f"{self.run.metrics_file} cannot be written: {error.strerror or error}") from None
+        self.logs: list[StepLog] = [self.metrics]
+        # Also where none are asked for any more: those of steps that are trained again must go.
+        if (config.observe and config.observe.samples) or self.run.samples_file.exists():
+            self.samples = SamplesLog(self.run.samples_file)
+            self.logs.append(self.samples)
+        for log in self.logs:
+            try:
+                log.truncate_after(self.first_step)
+            except OSError as error:
+                raise InputError(f"{log.path} cannot be written: {error.strerror or error}") from None
         self.loggers: list[WandbLogger | TensorBoardLogger] = []
         if config.wandb:
             self.loggers.append(WandbLogger(config.wandb, self.run.path, config.model_dump(mode="json")))
@@ -78,11 +88,12 @@ class Observer:
         if self.is_main:
             self.flush()
             lost = None
-            try:
-                self.metrics.close()
-            except OSError as failure:
-                lost = f"{self.run.metrics_file}: its last lines could not be written: {failure.strerror or failure}"
-                self.message(lost)
+            for log in self.logs:
+                try:
+                    log.close()
+                except OSError as failure:
+                    lost = f"{log.path}: its last lines could not be written: {failure.strerror or failure}"
+                    self.message(lost)
             self.progress.__exit__(kind, error, trace)
             for logger in self.loggers:
                 logger.close()
@@ -162,6 +173,13 @@ class Observer:
                 self.pending[f"held_out_bits_per_byte_{name}"] = of_source.bits_per_byte
             self.progress.evaluation(step, loss.nats_per_token, loss.bits_per_byte)
 
+    def sampled(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Records what the model wrote behind each prompt after a step."""
+        if self.is_main:
+            self._log(self.samples, lambda: self.samples.append(step, prompts, texts))
+            for logger in self.loggers:
+                logger.log_samples(step, prompts, texts)
+
     def checkpoint_failed(self, text: str) -> None:
         """One checkpoint less than there should be: says so, and counts it in the figures from now on."""
         self.failed_checkpoints += 1
@@ -173,29 +191,30 @@ class Observer:
     def flush(self) -> None:
         """Writes the figures of the last step, once all of them are there."""
         if self.is_main and self.pending:
-            self._log(lambda: self.metrics.append(self.pending))
+            self._log(self.metrics, lambda: self.metrics.append(self.pending))
             for logger in self.loggers:
                 logger.log(int(self.pending["step"]), self.pending)
             self.pending = {}
 
     def sync(self) -> None:
-        """Makes the metrics so far durable: a checkpoint must not be newer than its log, unless the disk is full."""
+        """Makes all lines so far durable: a checkpoint must not be newer than its logs, unless the disk is full."""
         self.flush()
         if self.is_main:
-            self._log(self.metrics.sync)
+            for log in self.logs:
+                self._log(log, log.sync)
 
-    def _log(self, write: Callable[[], None]) -> None:
-        """Says once that the log falls behind, and once that it has caught up; training goes on meanwhile."""
+    def _log(self, log: StepLog, write: Callable[[], None]) -> None:
+        """Says once that a log falls behind, and once that it has caught up; training goes on meanwhile."""
         try:
             write()
         except OSError as error:
-            if not self._log_is_behind:
+            if log not in self._behind:
                 self.message(
-                    f"{self.run.metrics_file} CANNOT BE WRITTEN ({error.strerror or error}): training goes on, and its "
-                    f"lines are kept in memory until they can be"
+                    f"{log.path} CANNOT BE WRITTEN ({error.strerror or error}): training goes on, and its lines are "
+                    f"kept in memory until they can be"
                 )
-            self._log_is_behind = True
+            self._behind.add(log)
             return
-        if self._log_is_behind:
-            self.message(f"{self.run.metrics_file} is written again, with the lines that were kept")
-        self._log_is_behind = False
+        if log in self._behind:
+            self.message(f"{log.path} is written again, with the lines that were kept")
+        self._behind.discard(log)

@@ -63,9 +63,9 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 class RunDirectory:
-    """A run on disk: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, and ``wandb/`` and
-    ``tensorboard/`` where they are configured; ``launch/`` where a job was made for it; ``rollbacks.json`` where loss
-    spikes were gone back from; nothing else.
+    """A run on disk: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, and ``samples.jsonl``,
+    ``wandb/`` and ``tensorboard/`` where they are configured; ``launch/`` where a job was made for it;
+    ``rollbacks.json`` where loss spikes were gone back from; ``recall.json`` where recall was evaluated; nothing else.
 
     Every rank may build one to know the paths; only rank 0 calls :meth:`prepare`.
 
@@ -91,6 +91,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """One JSON object per step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        """One JSON object per prompt and step that was sampled."""
+        return self.path / "samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -210,7 +215,7 @@ class RunDirectory:
         _held_locks.add(descriptor)
 
     def _remove_temporaries(self) -> None:
-        for file in (self.config_file, self.environment_file, self.metrics_file):
+        for file in (self.config_file, self.environment_file, self.metrics_file, self.samples_file):
             file.with_name(file.name + ".tmp").unlink(missing_ok=True)
 
     def _refuse_what_is_not_a_run(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ class TensorBoardLogger:
             for name, value in metrics.items():
                 if name != "step" and value is not None and math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
+
+        self._service.attempt(write)
+
+    def log_samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Writes what the model wrote behind each prompt, under ``samples/`` and the prompt's number."""
+
+        def write() -> None:
+            for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+                # Shown as Markdown, in which lines that begin so are code.
+                lines = f"{prompt}{text}".splitlines() or [""]
+                self._writer.add_text(f"samples/{number}", "\n".join(f"    {line}" for line in lines), step)
 
         self._service.attempt(write)
 

@@ -6,7 +6,7 @@ import importlib
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +47,7 @@ class WandbLogger:
                 "wandb.mode=online needs a login: set WANDB_API_KEY, run 'wandb login' once, or use "
                 "wandb.mode=offline and send the run later with 'wandb sync'"
             )
-        self._service = OptionalService("Weights & Biases")
+        self._service, self._wandb = OptionalService("Weights & Biases"), wandb
         try:
             self._run = wandb.init(
                 mode=config.mode,
@@ -72,6 +72,15 @@ class WandbLogger:
         """Send the metrics of a step; a failure is reported once in the log and never raised."""
         known = {key: value for key, value in metrics.items() if value is not None}
         self._service.attempt(lambda: self._run.log({**known, "step": step}))
+
+    def log_samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Sends what the model wrote behind each prompt as a table."""
+
+        def send() -> None:
+            rows = [[step, prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
+            self._run.log({"samples": self._wandb.Table(columns=["step", "prompt", "text"], data=rows), "step": step})
+
+        self._service.attempt(send)
 
     def close(self) -> None:
         """End the run so that it is whole on disk, and sent where the mode is online."""

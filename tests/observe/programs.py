@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.tokenizers import open_tokenizer
+from pretrain import samples
 from pretrain.config import parse_config
+from pretrain.config.observe import SamplesConfig
 from pretrain.models.mixer import Documents
 from pretrain.models.state_figures import StateFigures
 from pretrain.observe import slow_ranks
 from pretrain.observe.profile import profile_run
 from pretrain.parallel.topology import build_topology
+from pretrain.train import train
 from tests.configurations import tiny_config
 from tests.conformance.cases import find_case
 from tests.conformance.tools import build
+from tests.parallel.programs import one_step, open_engine
 
 
 def slow_rank(parallel: dict[str, Any], waits: str) -> list[str]:
@@ -66,3 +76,44 @@ def states_of_layers(case_names: list[str]) -> dict[str, float]:
         largest = whole.largest["largest_state"].item()
         differences[f"{name} largest"] = abs(mixer.figures.largest["largest_state"].item() - largest) / largest
     return differences
+
+
+def step_and_sample(
+    overrides: dict[str, dict[str, Any]], wanted: dict[str, Any] | None
+) -> tuple[list[Any], list[str] | None]:
+    """A step, what the model writes after it (where ``wanted`` says how), and a step more.
+
+    Returns:
+        Loss, gradient norm and whether they were applied of both steps, and the texts.
+    """
+    config = tiny_config(**overrides)
+    topology, engine = open_engine(config)
+    inputs = engine.decoder.inputs
+    if config.model.reads_word_starts:
+        engine.decoder.inputs = lambda batch: inputs(dataclasses.replace(batch, word_starts=batch.tokens % 5 == 0))
+    steps, texts = [one_step(config, topology, engine, 0)], None
+    if wanted is not None:
+        settings, tokenizer = SamplesConfig(**wanted), open_tokenizer(config.data.tokenizer)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        texts = samples.sample_texts(engine, tokenizer, settings, seed=5)
+        after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        assert torch.equal(before[0], after[0]) and before[1:] == after[1:] and engine.decoder.training
+    return [*steps, one_step(config, topology, engine, 1)], texts
+
+
+def run_with_infinite_logits(raw: dict[str, Any]) -> str:
+    """What a run says whose model writes nothing but infinities once it is sampled."""
+    original = samples.ModelInTraining.logits
+
+    def broken(self: samples.ModelInTraining, *arguments: Any, **options: Any) -> Any:
+        self.decoder.head.weight.data.fill_(float("inf"))
+        return original(self, *arguments, **options)
+
+    samples.ModelInTraining.logits = broken
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            train(parse_config(raw, "test"))
+    finally:
+        samples.ModelInTraining.logits = original
+    return output.getvalue()

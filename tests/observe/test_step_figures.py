@@ -20,6 +20,7 @@ GATES = {
     "para_gru": {"update_gate", "reset_gate"},
     "para_lstm": {"forget_gate", "output_gate"},
 }
+SAMPLES = {"every": 2, "prompts": ["the state", ""], "max_new_tokens": 4, "top_k": 50}
 LAYOUTS = {
     "tensor2": (2, {"tensor": 2, "sequence": True, "zero": 1}),
     "pipeline2": (2, {"pipeline": 2, "zero": 0}),
@@ -44,14 +45,15 @@ def raw_run(directory, parallel, **observe):
 
 @pytest.fixture(scope="module")
 def figures(worker_pools, tmp_path_factory):
-    """The lines of two steps, of which the second is looked at."""
+    """The lines of two steps, of which the second is looked at, and what the model writes after it."""
 
     def measure(processes, parallel):
         directory = tmp_path_factory.mktemp("figures")
         write_corpus(directory / "corpus", 20)
-        raw = raw_run(directory, parallel, every=2)
+        raw = raw_run(directory, parallel, every=2, samples=SAMPLES)
         worker_pools(processes).run("tests.training.programs", "run_training", raw=raw)
-        return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+        samples = (directory / "run" / "samples.jsonl").read_text()
+        return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()], samples
 
     return measure
 
@@ -62,7 +64,8 @@ def single(figures):
 
 
 def test_blocks_add_up_to_the_model_and_layers_say_what_their_mixer_has(single):
-    unasked, asked = single
+    (unasked, asked), samples = single
+    assert len(samples.splitlines()) == 2
     assert not [name for name in unasked if "/" in name or name == "update_ratio"]
     assert unasked["samples"] == 4 and asked["samples"] == 8 and asked["peak_memory_bytes"] > 1e7
     norms = {name: value for name, value in asked.items() if name.startswith("grad_norm/")}
@@ -82,7 +85,8 @@ def test_blocks_add_up_to_the_model_and_layers_say_what_their_mixer_has(single):
     "layout", ["tensor2", "pipeline2", "data2_zero3", pytest.param("data2_zero2", marks=pytest.mark.slow)]
 )
 def test_every_layout_measures_the_same(layout, figures, single):
-    (_, found), (_, expected) = figures(*LAYOUTS[layout]), single
+    ((_, found), written), ((_, expected), samples) = figures(*LAYOUTS[layout]), single
+    assert written == samples
     names = [name for name in expected if "/" in name or name == "update_ratio"]
     assert [name for name in found if "/" in name or name == "update_ratio"] == names
     for name in names:

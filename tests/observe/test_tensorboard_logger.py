@@ -19,6 +19,7 @@ class FakeWriter:
     def __init__(self, directory: str, **options: Any) -> None:
         self.directory, self.options = directory, options
         self.scalars: list[tuple[str, float, int]] = []
+        self.texts: list[tuple[str, str, int]] = []
         self.closed = False
         self.failure: Exception | None = None
 
@@ -26,6 +27,9 @@ class FakeWriter:
         if self.failure:
             raise self.failure
         self.scalars.append((name, value, step))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.texts.append((name, text, step))
 
     def close(self) -> None:
         self.closed = True
@@ -56,6 +60,12 @@ def test_numbers_are_written_by_step_and_others_left_out(writers: list[FakeWrite
     assert writer.closed
 
 
+def test_samples_are_shown_as_they_are(writers: list[FakeWriter], tmp_path: Path) -> None:
+    logger = TensorBoardLogger(TensorBoardConfig(), tmp_path, first_step=0)
+    logger.log_samples(7, ["# a ", ""], ["*b*\n<i>c", ""])
+    assert writers[0].texts == [("samples/0", "    # a *b*\n    <i>c", 7), ("samples/1", "    ", 7)]
+
+
 def test_a_failure_is_told_once_and_training_goes_on(
     writers: list[FakeWriter], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,7 +89,11 @@ def test_its_own_reader_finds_what_was_written(tmp_path: Path) -> None:
         logger = TensorBoardLogger(TensorBoardConfig(), tmp_path, first)
         for step, loss in enumerate(losses, start=first + 1):
             logger.log(step, {"loss": loss, "grad_norm/layers.0": 2 * loss})
+            logger.log_samples(step, ["a"], [f" of {loss}"])
         logger.close()
     events = reading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("grad_norm/layers.0")] == [(1, 6.0), (2, 3.0)]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+    # Of texts this reader, unlike the page, keeps those of the earlier start too.
+    texts = [(event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("samples/0/text_summary")]
+    assert texts[0] == (1, b"    a of 3.0") and texts[-1] == (2, b"    a of 1.5")

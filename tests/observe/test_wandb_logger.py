@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -39,7 +40,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A stand-in for the package that records how it is called; no login anywhere."""
     run, calls = FakeRun(), []
     module = SimpleNamespace(
-        run=run, calls=calls, init=lambda **options: (calls.append(options), run)[1], Settings=SimpleNamespace
+        run=run,
+        calls=calls,
+        init=lambda **options: (calls.append(options), run)[1],
+        Settings=SimpleNamespace,
+        Table=SimpleNamespace,
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
@@ -57,6 +62,12 @@ def test_it_is_offline_and_silent_unless_asked(fake: SimpleNamespace, tmp_path: 
     assert options["config"] == {"train": {"steps": 3}}
     assert options["settings"].silent is True and options["settings"].console == "off"
     assert fake.run.logged == [{"loss": 2.0, "step": 1}] and fake.run.finished
+
+
+def test_samples_are_a_table(fake: SimpleNamespace, tmp_path: Path) -> None:
+    WandbLogger(WandbConfig(), tmp_path, {}).log_samples(7, ["a", ""], ["b", "c"])
+    table = SimpleNamespace(columns=["step", "prompt", "text"], data=[[7, "a", "b"], [7, "", "c"]])
+    assert fake.run.logged == [{"samples": table, "step": 7}]
 
 
 def test_online_without_a_login_is_refused_before_anything_starts(fake: SimpleNamespace, tmp_path: Path) -> None:
@@ -139,9 +150,12 @@ def test_the_real_package_writes_below_the_run_directory_and_prints_nothing(
     logger = WandbLogger(WandbConfig(project="test"), run_directory, {"train": {"steps": 2}})
     logger.log(1, {"loss": 2.0, "skipped": False})
     logger.log(1, {"loss": 1.5, "skipped": False})  # a step trained again after a crash
+    logger.log_samples(1, ["the state"], [" of a model\ufffd"])
     logger.close()
     assert [entry.name for entry in run_directory.iterdir()] == ["wandb"]
     (record,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
     assert record.stat().st_size > 0
     assert wandb_logger._earlier_id(run_directory / "wandb") in record.name
+    (table,) = run_directory.glob("wandb/offline-run-*/files/media/table/*.json")
+    assert json.loads(table.read_text())["data"] == [[1, "the state", " of a model\ufffd"]]
     assert capfd.readouterr() == ("", "")
