@@ -350,7 +350,12 @@ def _described(split: SplitSummary) -> str:
 
 
 def _peak_flops_per_second(config: Config, topology: Topology) -> float | None:
-    """Of all devices together, in bfloat16 products; None where the run computes otherwise or the device is unknown."""
+    """Of all devices together; None where nobody says it and the device is unknown, or computes otherwise than known.
+
+    Known are products in bfloat16.
+    """
+    if config.observe is not None and config.observe.peak_tflops is not None:
+        return config.observe.peak_tflops * 1e12 * topology.world_size
     if config.train.precision != "bfloat16" or topology.device.type != "cuda":
         return None
     of_one = device_peak_flops_per_second(torch.cuda.get_device_name(topology.device))

@@ -30,6 +30,13 @@ class ObserveConfig(StrictModel):
         True, description="gradient norm and update over weight norm of each block; copies this rank's part of weights"
     )
     states: bool = Field(True, description="gates of each recurrent layer, and norms of its state behind each row")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="TFLOP/s that one device can do at most in the run's precision, for the model FLOPs utilization; "
+        "null: those of known GPUs in bfloat16, or none is logged",
+    )
     samples: SamplesConfig | None = Field(
         None, description="what the model writes after so many steps, in whatever layout it is trained; null: nothing"
     )

@@ -3,14 +3,14 @@
 A line holds ``step`` (optimizer steps done), ``loss`` (nats per token), ``grad_norm`` (global, before
 clipping), ``learning_rate``, ``tokens`` (trained on since step 0), ``tokens_per_second``, ``skipped``; where
 they are known ``tflops_per_second`` and ``model_flops_utilization`` (useful work as a fraction of what the devices
-could do in bfloat16, on devices whose peak rate is known), and on the steps that were evaluated ``held_out_loss``
-(nats per token) and ``held_out_bits_per_byte``, of a mixture also of each source, as ``held_out_loss_NAME`` and
-``held_out_bits_per_byte_NAME``. ``failed_checkpoints`` counts, from the first on, those since the last
-start that could not be saved while training went on. ``samples`` is the place in the order of the data behind the step;
-``peak_memory_bytes`` the most that a process has held so far, on the rank that held most. Where an ``observe`` section
-asks for it, ``update_ratio`` is the norm of the step's update over that of the weights, and ``FIGURE/BLOCK`` the
-gradient norm, update ratio, gates and states of single blocks (``pretrain.observe.step_figures``). ``spike`` is true
-where ``train.spikes`` found one.
+could do: as ``observe.peak_tflops`` says, or else in bfloat16, of devices that are known), and on the steps that were
+evaluated ``held_out_loss`` (nats per token) and ``held_out_bits_per_byte``, of a mixture also of each source, as
+``held_out_loss_NAME`` and ``held_out_bits_per_byte_NAME``. ``failed_checkpoints`` counts, from the first on, those
+since the last start that could not be saved while training went on. ``samples`` is the place in the order of the data
+behind the step; ``peak_memory_bytes`` the most that a process has held so far, on the rank that held most. Where an
+``observe`` section asks for it, ``update_ratio`` is the norm of the step's update over that of the weights, and
+``FIGURE/BLOCK`` the gradient norm, update ratio, gates and states of single blocks (``pretrain.observe.step_figures``).
+``spike`` is true where ``train.spikes`` found one.
 
 JSON has no NaN and no infinity: such a value is written as ``null``, and where it is the loss or the gradient
 norm, ``skipped`` is true, because a step without a finite gradient changes no weight.

@@ -75,7 +75,7 @@ def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Pat
         f"<h1>{escape(title)}</h1>",
         _table(["run", *(label for label, _ in _SUMMARY)], [[run.name, *_summary(run)] for run in runs]),
         "<h2>Curves</h2>",
-        _picture(figure, "loss, learning rate, gradient norm and speed over the steps"),
+        _picture(figure, "loss, learning rate, gradient norm, speed and, where it is known, MFU over the steps"),
         *_section("Held-out loss", [_held_out(runs)]),
         *_section("Blocks and recurrent layers", [_layers(run) for run in runs]),
         *_section("Recall", [_recall(run) for run in runs]),

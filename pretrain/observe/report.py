@@ -1,4 +1,4 @@
-"""A picture of one or several runs: loss, learning rate, gradient norm and speed over the steps."""
+"""A picture of one or several runs: loss, learning rate, gradient norm, speed and MFU over the steps."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def draw_report(run_directories: Sequence[str | Path], output: str | Path) -> Pa
     """Draw the metrics of runs into one picture.
 
     Four panels over the step: training loss (faint as logged, strong as a moving average) with the held-out
-    losses as points, learning rate, gradient norm (log scale), tokens per second. Bits per byte stand on the
-    right of the loss where every run knows them and shares the ratio; the legend gives each run's last ones.
+    losses as points, learning rate, gradient norm (log scale), tokens per second; where a run knows its model FLOPs
+    utilization, that and useful TFLOP/s too. Bits per byte stand on the right of the loss where every run knows them
+    and shares the ratio; the legend gives each run's last ones.
 
     Args:
         run_directories: run directories, each with a ``metrics.jsonl``.
@@ -69,15 +70,23 @@ def report_figure(run_directories: Sequence[str | Path]) -> Any:
         raise InputError("a report needs at least one run directory")
     runs = _read_runs([Path(directory) for directory in run_directories])
 
-    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    rows = 3 if any(run.points("model_flops_utilization")[0].size for run in runs) else 2
+    figure = Figure(figsize=(13, 1 + 3.75 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(rows, 2, sharex=True)
     figure.suptitle(_title(runs), fontsize=14, fontweight="bold")
     _draw_loss(panels[0, 0], runs)
     _draw_lines(panels[0, 1], runs, "learning_rate", "Learning rate", "learning rate", smooth=False, from_zero=True)
     _draw_lines(panels[1, 0], runs, "grad_norm", "Gradient norm (global, before clipping)", "L2 norm", log=True)
     _draw_lines(panels[1, 1], runs, "tokens_per_second", "Speed", "tokens per second", from_zero=True)
-    for panel in panels[1]:
+    if rows == 3:
+        utilization = "share of what devices can do (%)"
+        _draw_lines(
+            panels[2, 0], runs, "model_flops_utilization", "MFU (model FLOPs utilization)", utilization,
+            from_zero=True, factor=100.0,
+        )  # fmt: skip
+        _draw_lines(panels[2, 1], runs, "tflops_per_second", "Useful work", "TFLOP/s, all devices", from_zero=True)
+    for panel in panels[-1]:
         panel.set_xlabel("step")
         panel.xaxis.get_major_locator().set_params(integer=True)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)
@@ -100,6 +109,7 @@ def _read_runs(directories: list[Path]) -> list[_Run]:
 
 _KEYS = (
     "step", "loss", "held_out_loss", "held_out_bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
+    "tflops_per_second", "model_flops_utilization",
 )  # fmt: skip
 
 
@@ -180,11 +190,13 @@ def _draw_lines(
     smooth: bool = True,
     log: bool = False,
     from_zero: bool = False,
+    factor: float = 1.0,
 ) -> None:
     style(panel, title, label)
     drawn = 0
     for index, run in enumerate(runs):
         steps, values = run.points(key)
+        values = factor * values
         if log:
             steps, values = steps[values > 0], values[values > 0]
         drawn += values.size

@@ -100,6 +100,18 @@ def test_runs_without_a_common_ratio_have_no_bits_per_byte_axis(
     assert not drawn[0].axes[0].child_axes
 
 
+def test_mfu_is_drawn_where_a_run_knows_it(tmp_path: Path, drawn: list[Figure]) -> None:
+    known = make_run(tmp_path / "known", 20, model_flops_utilization=0.375, tflops_per_second=150.0)
+    draw_report([known, make_run(tmp_path / "unknown", 30)], tmp_path / "both.png")
+    mfu, work = drawn[0].axes[4:6]
+    (line, missing), (done, _) = mfu.lines, work.lines
+    assert set(line.get_ydata()) == {37.5} and len(line.get_xdata()) == 20 and mfu.get_ylim()[0] == 0
+    assert missing.get_xdata().size == 0 and set(done.get_ydata()) == {150.0}
+    assert "MFU" in mfu.get_title("left") and mfu.get_xlabel() == work.get_xlabel() == "step"
+    draw_report([tmp_path / "unknown"], tmp_path / "unknown.png")
+    assert len(drawn[1].axes) == 4
+
+
 def test_skipped_steps_and_missing_figures_do_not_stop_it(tmp_path: Path, drawn: list[Figure]) -> None:
     run = make_run(tmp_path / "bad", 3, grad_norm=float("nan"), tokens_per_second=None)
     draw_report([run], tmp_path / "bad.png")

@@ -50,7 +50,7 @@ def figures(worker_pools, tmp_path_factory):
     def measure(processes, parallel):
         directory = tmp_path_factory.mktemp("figures")
         write_corpus(directory / "corpus", 20)
-        raw = raw_run(directory, parallel, every=2, samples=SAMPLES)
+        raw = raw_run(directory, parallel, every=2, samples=SAMPLES, peak_tflops=0.5)
         worker_pools(processes).run("tests.training.programs", "run_training", raw=raw)
         samples = (directory / "run" / "samples.jsonl").read_text()
         return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()], samples
@@ -68,6 +68,7 @@ def test_blocks_add_up_to_the_model_and_layers_say_what_their_mixer_has(single):
     assert len(samples.splitlines()) == 2
     assert not [name for name in unasked if "/" in name or name == "update_ratio"]
     assert unasked["samples"] == 4 and asked["samples"] == 8 and asked["peak_memory_bytes"] > 1e7
+    assert asked["model_flops_utilization"] == pytest.approx(asked["tflops_per_second"] / 0.5, rel=1e-12)
     norms = {name: value for name, value in asked.items() if name.startswith("grad_norm/")}
     assert set(norms) == {f"grad_norm/{block}" for block in (*(f"layers.{i}" for i in range(6)), "embedding", "head",
                                                              "output_norm")}  # fmt: skip
