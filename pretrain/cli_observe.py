@@ -16,6 +16,10 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
     output: Annotated[Path | None, typer.Option(help="picture, and no page unless --html names one")] = None,
     html: Annotated[Path | None, typer.Option(help="page, and no picture unless --output names one")] = None,
+    recall: Annotated[
+        list[Path] | None,
+        typer.Option(help="directory that bench recall wrote, to be shown on the page; may be given again"),
+    ] = None,
 ) -> None:
     """Compare runs: curves as a picture, and one self-contained page with held-out losses, recall and samples.
 
@@ -24,13 +28,15 @@ def report(
     from pretrain.observe.page import write_page
     from pretrain.observe.report import draw_report
 
+    if recall and output is not None and html is None:
+        raise InputError("--recall is shown on the page alone, and --output asks for a picture alone; give --html too")
     if output is None and html is None:
         first = runs[0].resolve()
         output, html = first.with_name(f"{first.name}.png"), first.with_name(f"{first.name}.html")
     if output is not None:
         typer.echo(f"wrote {draw_report(runs, output)}")
     if html is not None:
-        typer.echo(f"wrote {write_page(runs, html)}")
+        typer.echo(f"wrote {write_page(runs, html, recall or ())}")
 
 
 def profile(

@@ -1,14 +1,12 @@
 """One page of HTML about runs, with all that it shows inside: no file beside it, no script, no network.
 
-Everything that comes from files is escaped; pictures are SVG in ``img`` elements, in which browsers run nothing.
+Everything that comes from files is escaped; pictures are in ``img`` elements, in which browsers run nothing.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ import yaml
 
 from pretrain.errors import InputError
 from pretrain.observe.metrics import read_metrics, replace_file
+from pretrain.observe.page_elements import is_finite, note, picture, read, section, spread, table
+from pretrain.observe.page_recall import recall_from_scratch, recall_of_run
 from pretrain.observe.report import distinct_names, report_figure
 
 _STYLE = """
@@ -36,8 +36,6 @@ td.words { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 50rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .3rem 0; }
 p.note { color: #666; }
 """
-# Rows of a table of evaluations, and texts of a prompt: the first, the last, and what fits between.
-_MOST_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class _Run:
 
     def values(self, key: str) -> list[float]:
         """The finite values under ``key``, by step."""
-        return [record[key] for record in self.records if _is_finite(record.get(key))]
+        return [record[key] for record in self.records if is_finite(record.get(key))]
 
 
-def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Path:
+def write_page(run_directories: Sequence[str | Path], output: str | Path, suites: Sequence[str | Path] = ()) -> Path:
     """Writes a page that compares runs: figures, curves, held-out losses, recall, samples, configurations.
 
     Of each run ``metrics.jsonl`` must be there; ``config.yaml``, ``recall.json``, ``samples.jsonl`` and
@@ -60,11 +58,13 @@ def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Pat
     Args:
         run_directories: directories of runs that have trained.
         output: the page, which is replaced whole.
+        suites: what ``pretrain bench recall --out`` wrote, to be shown too.
 
     Raises:
-        InputError: a run has no metrics, or the page cannot be written.
+        InputError: a run has no metrics, one of ``suites`` is not there, or the page cannot be written.
     """
     output, directories = Path(output), [Path(directory) for directory in run_directories]
+    from_scratch = [recall_from_scratch(Path(suite)) for suite in suites]
     figure = report_figure(directories)
     names = distinct_names(directories)
     runs = [
@@ -73,15 +73,15 @@ def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Pat
     title = f"Training of {names[0]}" if len(names) == 1 else f"Training of {len(names)} runs"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        _table(["run", *(label for label, _ in _SUMMARY)], [[run.name, *_summary(run)] for run in runs]),
+        table(["run", *(label for label, _ in _SUMMARY)], [[run.name, *_summary(run)] for run in runs]),
         "<h2>Curves</h2>",
-        _picture(figure, "loss, learning rate, gradient norm, speed and, where it is known, MFU over the steps"),
-        *_section("Held-out loss", [_held_out(runs)]),
-        *_section("Blocks and recurrent layers", [_layers(run) for run in runs]),
-        *_section("Recall", [_recall(run) for run in runs]),
-        *_section("Samples over time", [_samples(run) for run in runs]),
-        *_section("Loss spikes", [_rollbacks(run) for run in runs]),
-        *_section("Configurations", [_configuration(run) for run in runs]),
+        picture(_as_svg(figure), "svg+xml", "loss, learning rate, gradient norm, speed and MFU over the steps"),
+        *section("Held-out loss", [_held_out(runs)]),
+        *section("Blocks and recurrent layers", [_layers(run) for run in runs]),
+        *section("Recall", [*(recall_of_run(run.name, run.directory) for run in runs), *from_scratch]),
+        *section("Samples over time", [_samples(run) for run in runs]),
+        *section("Loss spikes", [_rollbacks(run) for run in runs]),
+        *section("Configurations", [_configuration(run) for run in runs]),
     ]
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
@@ -95,10 +95,6 @@ def write_page(run_directories: Sequence[str | Path], output: str | Path) -> Pat
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror or error}") from None
     return output
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _last(key: str, text: str) -> Callable[[_Run], str]:
@@ -141,45 +137,20 @@ def _summary(run: _Run) -> list[str]:
     return cells
 
 
-def _section(title: str, parts: list[str]) -> list[str]:
-    """A heading and what is under it; nothing where there is nothing."""
-    found = [part for part in parts if part]
-    return [f"<h2>{escape(title)}</h2>", *found] if found else []
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: frozenset[int] = frozenset()) -> str:
-    """``words``: columns of running text."""
-    kinds = [" class=words" if place in words else "" for place in range(len(heads))]
-    head = "".join(f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, heads, strict=True))
-    body = ""
-    for row in rows:
-        cells = (f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=False))
-        body += f"<tr>{''.join(cells)}</tr>\n"
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>'
-
-
-def _picture(figure: Any, description: str) -> str:
+def _as_svg(figure: Any) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="svg")
-    encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{encoded}">'
-
-
-def _spread(items: list[Any]) -> list[Any]:
-    """At most so many of them, the first and the last among them."""
-    if len(items) <= _MOST_ROWS:
-        return items
-    return [items[round(place * (len(items) - 1) / (_MOST_ROWS - 1))] for place in range(_MOST_ROWS)]
+    return content.getvalue()
 
 
 def _held_out(runs: list[_Run]) -> str:
     by_run = [
-        {record["step"]: record["held_out_loss"] for record in run.records if _is_finite(record.get("held_out_loss"))}
+        {record["step"]: record["held_out_loss"] for record in run.records if is_finite(record.get("held_out_loss"))}
         for run in runs
     ]
-    steps = _spread(sorted(set().union(*by_run)))
+    steps = spread(sorted(set().union(*by_run)))
     rows = [[f"{step:,}", *(f"{losses[step]:.4f}" if step in losses else "-" for losses in by_run)] for step in steps]
-    return _table(["step", *(run.name for run in runs)], rows) if rows else ""
+    return table(["step", *(run.name for run in runs)], rows) if rows else ""
 
 
 def _layers(run: _Run) -> str:
@@ -193,48 +164,16 @@ def _layers(run: _Run) -> str:
     rows = []
     for block in blocks:
         values = [record.get(f"{figure}/{block}") for figure in figures]
-        rows.append([block, *(f"{value:.4g}" if _is_finite(value) else "" for value in values)])
-    return f"<h3>{escape(run.name)}, step {record['step']:,}</h3>" + _table(["block", *figures], rows)
-
-
-def _note(run: _Run, file: str, problem: str) -> str:
-    return f'<p class="note">{escape(f"{run.name}: {file} cannot be shown: {problem}")}</p>'
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-
-
-def _recall(run: _Run) -> str:
-    """Whatever the file holds, as tables: what is inside of what stands in front of it."""
-    try:
-        text = _read(run.directory / "recall.json")
-        if text is None:
-            return ""
-        rows = list(_leaves(json.loads(text), ()))
-    except (OSError, ValueError, RecursionError) as error:
-        return _note(run, "recall.json", str(error))
-    return f"<h3>{escape(run.name)}</h3>" + _table(["what", "value"], rows) if rows else ""
-
-
-def _leaves(value: Any, path: tuple[str, ...]) -> Any:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from _leaves(inner, (*path, str(key)))
-    else:
-        yield [" / ".join(path), f"{value:.4g}" if isinstance(value, float) else str(value)]
+        rows.append([block, *(f"{value:.4g}" if is_finite(value) else "" for value in values)])
+    return f"<h3>{escape(run.name)}, step {record['step']:,}</h3>" + table(["block", *figures], rows)
 
 
 def _samples(run: _Run) -> str:
     """For each prompt what the model wrote after so many steps; lines of ``step``, ``prompt`` and ``text``."""
     try:
-        lines = (_read(run.directory / "samples.jsonl") or "").splitlines()
+        lines = (read(run.directory / "samples.jsonl") or "").splitlines()
     except OSError as error:
-        return _note(run, "samples.jsonl", str(error))
+        return note(run.name, "samples.jsonl", str(error))
     by_prompt: dict[str, list[list[str]]] = {}
     for line in lines:
         try:
@@ -246,31 +185,31 @@ def _samples(run: _Run) -> str:
             continue
     return "".join(
         f"<h3>{escape(run.name)}: {escape(prompt or 'no prompt')}</h3>"
-        + _table(["step", "text"], _spread(rows), frozenset({1}))
+        + table(["step", "text"], spread(rows), frozenset({1}))
         for prompt, rows in by_prompt.items()
     )
 
 
 def _rollbacks(run: _Run) -> str:
     try:
-        text = _read(run.directory / "rollbacks.json")
+        text = read(run.directory / "rollbacks.json")
         rows = [[str(value) for value in entry.values()] for entry in json.loads(text)] if text else []
         heads = list(json.loads(text)[0]) if rows else []
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return _note(run, "rollbacks.json", str(error))
+        return note(run.name, "rollbacks.json", str(error))
     spikes = sum(record.get("spike") is True for record in run.records)
     said = (
         f"<p>{escape(run.name)}: {spikes:,} steps with a spike, {len(rows):,} rollbacks</p>" if spikes or rows else ""
     )
-    return said + (_table([head.replace("_", " ") for head in heads], rows) if rows else "")
+    return said + (table([head.replace("_", " ") for head in heads], rows) if rows else "")
 
 
 def _configuration(run: _Run) -> str:
     try:
-        text = _read(run.directory / "config.yaml")
+        text = read(run.directory / "config.yaml")
         if text is not None:
             yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
-        return _note(run, "config.yaml", " ".join(str(error).split()))
+        return note(run.name, "config.yaml", " ".join(str(error).split()))
     summary = f"<summary>{escape(run.name)}</summary>"
     return f"<details>{summary}<pre>{escape(text)}</pre></details>" if text else ""

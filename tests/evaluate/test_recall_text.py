@@ -87,8 +87,19 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     assert figures["lengths"] == [160, 200] and len(figures["results"]) == 2 * 2 * 5
     assert all(0 <= result["exact"] <= result["tokens"] < 0.5 for result in figures["results"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "recall.json").read_text()) == figures, "kept where the report looks for it"
     text = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "160 bytes" in text and text.count("depth") == 2 and text.count("0.25") >= 2
+
+
+def test_only_a_run_keeps_the_outcome_and_one_that_cannot_is_told(tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert not evaluate_recall(checkpoint, 1, [160]).notes
+    assert not list(tmp_path.rglob("recall.json*"))
+    (run / "recall.json.tmp").mkdir()
+    (note,) = evaluate_recall(run, 1, [160]).notes
+    assert "recall.json cannot be written" in note
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pretrain.bench.recall import RecallOutcome, write
+from pretrain.cli import app
 from pretrain.errors import InputError
+from pretrain.evaluate.recall.command import RecallSuite
+from pretrain.evaluate.recall.text import TextRecall
+from pretrain.evaluate.recall.training import Accuracy
 from pretrain.observe.page import write_page
 from tests.observe.test_report import make_run
 
@@ -60,6 +66,50 @@ def test_a_page_holds_the_figures_of_all_runs(tmp_path: Path) -> None:
     elements = parsed(tmp_path / "pages" / "runs.html")
     (picture,) = [attributes["src"] for tag, attributes in elements.found if tag == "img"]
     assert b"<svg" in base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))
+
+
+def test_recall_is_shown_wherever_it_was_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 5)
+    results = [
+        TextRecall("passkey", float(length), depth, 4, depth / 2, depth) for length in (256, 1024) for depth in (0, 1)
+    ]
+    suite = RecallSuite("checkpoint", 5, 128, [256, 1024], results, ["a < note"])
+    (run / "recall.json").write_text(json.dumps(suite.to_dict()))
+    accuracy = {32: Accuracy(0.75, 4, {}), 64: Accuracy(0.5, 4, {})}
+    outcomes = [
+        RecallOutcome(model, "mqar", ["mlstm"], 10, 5, 32, accuracy, dict.fromkeys(accuracy, 0.125))
+        for model in ("small", "large")
+    ]
+    write(outcomes, tmp_path / "suite")
+    page = tmp_path / "page.html"
+    ended = CliRunner().invoke(app, ["report", str(run), "--html", str(page), "--recall", str(tmp_path / "suite")])
+    assert ended.exit_code == 0, ended.output
+    text = re.sub(r' style="[^"]*"', "", page.read_text())
+    for expected in (
+        "<th>passkey: depth</th><th>256 tokens</th><th>1,024 tokens</th>",
+        "<td>1</td><td>0.50  1.00</td><td>0.50  1.00</td>",
+        "a &lt; note",
+        "<th>chance</th><th>small</th><th>large</th>",
+        "<td>mqar</td><td>64</td><td>0.125</td><td>0.500</td><td>0.500</td>",
+    ):
+        assert expected in text, expected
+    pictures = [attributes["src"][:15] for tag, attributes in parsed(page).found if tag == "img"]
+    assert pictures == ["data:image/svg+", "data:image/png;"]
+
+
+@pytest.mark.parametrize("content", [None, "{[", "[1]", '{"results": []}', '[{"model": "a", "task": "b"}]'])
+def test_what_is_no_recall_suite_is_refused(content: str | None, tmp_path: Path) -> None:
+    run, suite = make_run(tmp_path / "run", 5), tmp_path / "suite"
+    suite.mkdir()
+    if content is not None:
+        (suite / "recall.json").write_text(content)
+    with pytest.raises(InputError, match="expected the directory that 'pretrain bench recall --out DIRECTORY' wrote"):
+        write_page([run], tmp_path / "page.html", [suite])
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(InputError, match="give --html too"):
+        CliRunner().invoke(
+            app, ["report", str(run), "--output", "a.png", "--recall", str(suite)], catch_exceptions=False
+        )
 
 
 def test_what_files_say_is_text(tmp_path: Path) -> None:

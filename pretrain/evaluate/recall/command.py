@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from pretrain.evaluate.by_position import check_lengths
 from pretrain.evaluate.recall.passkey import DEPTHS
 from pretrain.evaluate.recall.text import TEXT_TASKS, TextRecall, recall_of_text
 from pretrain.models.loading import load_decoder
+from pretrain.observe.metrics import replace_file
+from pretrain.observe.page_recall import RECALL_FILE
 from pretrain.observe.picture import check_suffix, save
 
 # Below this many bytes nothing lies between what is hidden and the question.
@@ -55,7 +58,7 @@ class RecallSuite:
 def evaluate_recall(
     source: Path, examples: int, lengths: Sequence[int] | None = None, picture: Path | None = None
 ) -> RecallSuite:
-    """Tests a run or checkpoint, in one process.
+    """Tests a run or checkpoint, in one process; of a run the outcome is kept in it, in ``recall.json``.
 
     Args:
         examples: texts of each task, length and depth.
@@ -85,8 +88,19 @@ def evaluate_recall(
         raise InputError(f"the tokenizer of {loaded.checkpoint} cannot be opened: {error}") from error
     results = recall_of_text(loaded.decoder, tokenizer, wanted, examples, loaded.config.train.seed)
     suite = RecallSuite(str(loaded.checkpoint), loaded.step, trained, wanted, results, notes)
+    if loaded.checkpoint.resolve().parents[1] == Path(source).resolve():
+        suite = _keep(suite, Path(source) / RECALL_FILE)
     if picture is not None:
         _draw(suite, picture)
+    return suite
+
+
+def _keep(suite: RecallSuite, file: Path) -> RecallSuite:
+    """Writes the outcome, so that ``pretrain report`` finds it; where that fails the suite says so in a note."""
+    try:
+        replace_file(file, (json.dumps(suite.to_dict(), indent=2) + "\n").encode())
+    except OSError as error:
+        return replace(suite, notes=[*suite.notes, f"{file} cannot be written: {error.strerror or error}"])
     return suite
 
 
