@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.order import first_of_last, merged, sample_indices
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import CheckpointReader, list_checkpoints
 from pretrain.checkpoint.rollback import ROLLBACKS_FILE, finish_rollbacks, read_rollbacks
 from pretrain.config import parse_config
 from pretrain.config.spikes import SpikesConfig
@@ -23,6 +24,7 @@ PROGRAMS = "tests.training.programs"
 SPIKES = {"action": "rollback", "window": 8, "threshold": 1.0, "margin": 1}
 # Of the eighth step; with a margin of one, those of the seventh go too.
 POISONED, LEFT_OUT = [28, 29, 30, 31], [24, 32]
+STREAMED = ["text files", "text files in whole", "hub"]
 LAYOUTS = {"single": (1, {"zero": 1}), "pipeline2": (2, {"pipeline": 2, "zero": 1}), "data2": (2, {"zero": 2})}
 
 
@@ -65,6 +67,52 @@ def test_the_run_goes_on_as_if_it_had_never_had_the_samples(layout, rolled_back,
     raw = raw_run(tmp_path, layout)
     worker_pools(LAYOUTS[layout][0]).run(PROGRAMS, "run_without", raw=raw, left_out=[tuple(LEFT_OUT)])
     assert curve(directory / "run") == curve(tmp_path / "run")
+
+
+def streamed(directory, kind):
+    """A data section whose samples are tokenized while the run reads them, and its files."""
+    texts = [path.read_text() for path in sorted(write_corpus(directory / "corpus").iterdir())]
+    # So few documents that they are read through more than once where they are the only ones.
+    few = [{"text": text[:80]} for text in texts[:16]]
+    (directory / "corpus.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in few))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(few), directory / "few.parquet")
+    files = {"type": "text_files", "path": str(directory / "corpus"), "pattern": "*.txt"}
+    lines = {"type": "jsonl", "path": str(directory / "corpus.jsonl")}
+    rows = {"type": "huggingface", "path": "parquet", "data_files": str(directory / "few.parquet")}
+    mixture = {"files": {"source": files, "weight": 1.0}, "lines": {"source": lines, "weight": 2.0}}
+    weights = [{"from_tokens": 5 * 4 * 32, "weights": {"files": 3.0, "lines": 1.0}}]
+    data = {
+        "text files": {"source": files},
+        "text files in whole": {"source": files, "packing": "best_fit"},
+        "hub": {"source": rows},
+        "mixture": {"source": None, "mixture": mixture, "curriculum": weights, "packing": "best_fit"},
+    }[kind]
+    return data | {"stream": {"shuffle_documents": 3, "workers": 0}}
+
+
+@pytest.mark.parametrize("kind", ["mixture", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STREAMED)])
+def test_streams_go_on_as_if_they_had_never_had_the_samples(kind, worker_pools, tmp_path):
+    """Behind the rollback, and behind a start anew from a checkpoint that comes after it."""
+    pool, runs = worker_pools(1), {}
+    for name in ("rolled_back", "without"):
+        directory = tmp_path / name
+        directory.mkdir()
+        raw = raw_run(directory, "single", spikes=SPIKES)
+        raw["data"] |= streamed(directory, kind)
+        runs[name] = raw
+    pool.run(PROGRAMS, "run_with_poison", raw=runs["rolled_back"], poisoned=POISONED)
+    (done,) = read_rollbacks(tmp_path / "rolled_back" / "run")
+    assert [done.first_sample, done.end_sample] == LEFT_OUT
+    pool.run(PROGRAMS, "run_without", raw=runs["without"], left_out=[tuple(LEFT_OUT)])
+    whole = curve(tmp_path / "without" / "run")
+    if kind == "hub":
+        newest = list_checkpoints(tmp_path / "without" / "run" / "checkpoints")[-1]
+        assert any(mark["epoch"] > 0 for mark in CheckpointReader(newest).state["bookmarks"].values())
+    assert curve(tmp_path / "rolled_back" / "run") == whole
+    shutil.rmtree(tmp_path / "rolled_back" / "run" / "checkpoints" / "step-00000010")
+    ((trained, _),) = pool.run(PROGRAMS, "run_with_poison", raw=runs["rolled_back"], poisoned=POISONED)
+    assert trained == [list(range(40, 44)), list(range(44, 48))]
+    assert curve(tmp_path / "rolled_back" / "run") == whole
 
 
 @pytest.mark.parametrize("file", [True, False], ids=["by its file", "by the checkpoint alone"])
