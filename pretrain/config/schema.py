@@ -11,7 +11,7 @@ from pretrain.config.carried_states import carried_states_problem
 from pretrain.config.distillation import DistillationConfig, distillation_problem
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.layout import layout_problem
-from pretrain.config.observe import ObserveConfig, TensorBoardConfig
+from pretrain.config.observe import ObserveConfig, TensorBoardConfig, observe_problem
 from pretrain.config.spikes import SpikesConfig, spikes_problem
 from pretrain.config.stages import layers_of_stages
 from pretrain.models.registry import (
@@ -346,7 +346,8 @@ class Config(StrictModel):
 def config_problem(config: Config) -> str | None:
     """Why the sections of a run do not fit together, in one sentence; None where they do."""
     problem = layout_problem(config) or _words_problem(config) or _batch_problem(config) or _schedule_problem(config)
-    return problem or carried_states_problem(config) or spikes_problem(config) or distillation_problem(config)
+    problem = problem or carried_states_problem(config) or spikes_problem(config) or distillation_problem(config)
+    return problem or observe_problem(config)
 
 
 def _words_problem(config: Config) -> str | None:

@@ -210,9 +210,11 @@ class NewtonBlock(SequenceMixer):
         state: State | Segments | None,
         starts: Tensor | None,
     ) -> None:
-        if not isinstance(state, Segments):
-            # Of a segment nobody keeps the state before it, which the gates of its first token saw.
-            self.add_gates(gates.float(), hidden.float(), state, starts)
+        if isinstance(state, Segments):
+            # The gates of a segment's first token have seen the state of the rank before.
+            before = state.shift(torch.stack([final[name] for name in self.state_names]), 1)
+            state = None if before is None else dict(zip(self.state_names, before, strict=True))
+        self.add_gates(gates.float(), hidden.float(), state, starts)
         self.figures.state(final[self.state_names[0]].unflatten(1, (self.local_heads, self.head_size)))
 
     def _window_before(

@@ -12,12 +12,17 @@ class StateFigures:
     A mixer fills it only where it has been given one, so that it costs nothing otherwise. Sums stay on the device, and
     combine over ranks exactly: those of a tensor-parallel group hold equally many heads each.
 
+    Args:
+        has_ends: whether rows end on this rank; False where it holds segments that others go on from, whose states
+            are not those behind the last token.
+
     Attributes:
         sums: name -> (2,) float64, the sum of the values and their number.
         largest: name -> scalar float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_ends: bool = True) -> None:
+        self.has_ends = has_ends
         self.sums: dict[str, Tensor] = {}
         self.largest: dict[str, Tensor] = {}
 
@@ -34,6 +39,8 @@ class StateFigures:
             tensor: ``(batch, heads, ...)``; of each head the L2 norm is taken, and its largest element.
             log_scale: logarithm of what the elements are to be multiplied by; of a shape that broadcasts to it.
         """
+        if not self.has_ends:
+            return
         values = tensor.double()
         if log_scale is not None:
             values = values * log_scale.double().exp()

@@ -12,6 +12,7 @@ import re
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.config.observe import ObserveConfig
@@ -52,9 +53,11 @@ class StepFigures:
         """Step ``step``, counted from 1, begins."""
         self._is_due = self.config is not None and step % self.config.every == 0
         if self._is_due and self.config.states:
+            segments = parallel_state.get_context_parallel_world_size()
+            has_ends = parallel_state.get_context_parallel_rank() == segments - 1
             for module in self.engine.decoder.modules():
                 if isinstance(module, SequenceMixer):
-                    module.figures = StateFigures()
+                    module.figures = StateFigures(has_ends)
 
     def before_update(self) -> None:
         """Gradients are complete; every rank calls this."""

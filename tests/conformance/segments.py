@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.segments import Segments
 from pretrain.models.mixer import Documents
 from pretrain.models.segment_messages import SegmentTraffic, exchanged
+from pretrain.models.state_figures import StateFigures
 from tests.conformance.cases import Case
 from tests.conformance.checks import random_starts
 from tests.conformance.tools import (
@@ -58,3 +59,29 @@ def segments(case: Case, size: int, scheme: str, has_documents: bool) -> None:
     joined["hidden"] = torch.cat([part["hidden"] for part in found])
     # Sums over segments round once more; kernels/test_segments.py compares the exchange itself in float64.
     assert_all_close(joined, expected, 2 * GRADIENT_TOLERANCE, "gradient")
+
+
+def figures_of_segments(case: Case, size: int, scheme: str) -> None:
+    """Gates and states that ranks measure add up to those of one call."""
+    mixer, *copies = [build(case) for _ in range(size + 1)]
+    each = 5
+    hidden, starts = random_hidden(case, size * each, 3), random_starts(case, size * each)
+    # One segment at least goes on with a document of the segment before, whose state its gates see.
+    starts[:, each] = False
+    mixer.figures = StateFigures()
+    mixer(hidden, None, Documents(starts))
+
+    def work(place: Segments) -> StateFigures:
+        own, here = copies[place.rank], slice(place.rank * each, (place.rank + 1) * each)
+        own.figures = StateFigures(has_ends=place.rank == size - 1)
+        own(hidden[here], place, Documents(starts[:, here]))
+        return own.figures
+
+    found = on_segments(size, scheme, work)
+    for name, expected in mixer.figures.sums.items():
+        total = sum(part.sums[name] for part in found if name in part.sums)
+        assert_close(total, expected, OUTPUT_TOLERANCE, name)
+        assert expected[0].abs() > 1e-3
+    for name, expected in mixer.figures.largest.items():
+        (largest,) = [part.largest[name] for part in found if name in part.largest]
+        assert_close(largest, expected, OUTPUT_TOLERANCE, name)
