@@ -7,7 +7,10 @@ import math
 
 import pytest
 
+from pretrain.config import parse_config
+from pretrain.errors import InputError
 from pretrain.observe.step_figures import block_of
+from tests.parallel.test_experts import MODEL as EXPERTS
 from tests.runs import raw_config, write_corpus
 
 PROGRAMS = "tests.observe.programs"
@@ -34,6 +37,19 @@ LAYOUTS = {
 FAST = ["tensor2", "pipeline2", "data2_zero3", "context2_gather"]
 
 
+# Of a model with routed experts.
+EXPERT_LAYOUTS = {
+    "expert2_zero0": (2, {"expert": 2, "zero": 0}),
+    "expert2_zero2": (2, {"expert": 2, "zero": 2}),
+    "expert2_data4_zero1": (4, {"expert": 2, "zero": 1}),
+    "expert2_tensor2_sequence_zero1": (4, {"expert": 2, "tensor": 2, "sequence": True, "zero": 1}),
+    "expert2_pipeline2_zero0": (4, {"expert": 2, "pipeline": 2, "zero": 0}),
+    "expert2_context2_zero2": (4, {"expert": 2, "context": 2, "zero": 2}),
+    "data2_zero3": (2, {"zero": 3}),
+}
+FAST_EXPERT = ["expert2_data4_zero1"]
+
+
 def raw_run(directory, parallel, **observe):
     blocks = {name: {"mixer": {"type": name}} for name in RECURRENT}
     for name in ("mlstm", "mlstm_pre_up", "slstm", "para_gru", "para_lstm"):
@@ -52,10 +68,13 @@ def raw_run(directory, parallel, **observe):
 def figures(worker_pools, tmp_path_factory):
     """The lines of two steps, of which the second is looked at, and what the model writes after it."""
 
-    def measure(processes, parallel):
+    def measure(processes, parallel, model=None):
         directory = tmp_path_factory.mktemp("figures")
         write_corpus(directory / "corpus", 20)
         raw = raw_run(directory, parallel, every=2, samples=SAMPLES, peak_tflops=0.5)
+        if model is not None:
+            raw["model"] |= model
+            raw["train"]["micro_batch_size"] = 1
         worker_pools(processes).run("tests.training.programs", "run_training", raw=raw)
         samples = (directory / "run" / "samples.jsonl").read_text()
         return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()], samples
@@ -91,12 +110,46 @@ def test_blocks_add_up_to_the_model_and_layers_say_what_their_mixer_has(single):
     "layout", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS]
 )
 def test_every_layout_measures_the_same(layout, figures, single):
-    ((_, found), written), ((_, expected), samples) = figures(*LAYOUTS[layout]), single
+    assert_same(figures(*LAYOUTS[layout]), single)
+
+
+@pytest.fixture(scope="module")
+def single_with_experts(figures):
+    return figures(1, {"zero": 0}, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in FAST_EXPERT else pytest.mark.slow) for name in EXPERT_LAYOUTS]
+)
+def test_blocks_of_experts_are_those_of_the_whole_model(layout, figures, single_with_experts):
+    """A rank that holds some of a block's experts counts those, and no other rank does."""
+    (_, expected), _ = single_with_experts
+    norms = [value for name, value in expected.items() if name.startswith("grad_norm/")]
+    assert math.sqrt(sum(value**2 for value in norms)) == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert "grad_norm/shared.router_cell" in expected
+    assert_same(figures(*EXPERT_LAYOUTS[layout], EXPERTS), single_with_experts)
+
+
+def assert_same(measured, single):
+    ((_, found), written), ((_, expected), samples) = measured, single
     assert written == samples
     names = [name for name in expected if "/" in name or name == "update_ratio"]
     assert [name for name in found if "/" in name or name == "update_ratio"] == names
     for name in names:
         assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("length", "parallel"),
+    [(33, {"context": 2}), (34, {"context": 2, "tensor": 2, "sequence": True}), (32, {"context": 3})],
+)
+def test_rows_that_do_not_divide_over_segments_are_refused(length, parallel, tmp_path):
+    raw = raw_run(tmp_path, parallel, every=2)
+    raw["data"]["sequence_length"] = length
+    with pytest.raises(InputError, match=f"observe.states=true .* data.sequence_length={length} is not divisible by"):
+        parse_config(raw, "test")
+    raw["observe"]["states"] = False
+    assert parse_config(raw, "test").observe.per_block
 
 
 def test_gates_of_a_sequence_are_those_of_its_tokens_one_by_one(worker_pools):
