@@ -26,13 +26,15 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 h3 { font-size: 1rem; margin-bottom: .3rem; }
-img { width: 100%; height: auto; }
+img { max-width: 100%; height: auto; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap; }
 th { background: #f6f6f6; } th:first-child, td:first-child { text-align: left; }
 th.words, td.words { text-align: left; }
+td { vertical-align: top; }
 td.words { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 50rem; }
+td.words, pre { font: 13px/1.5 ui-monospace, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .3rem 0; }
 p.note { color: #666; }
 """
@@ -184,7 +186,8 @@ def _samples(run: _Run) -> str:
             # The last one may be half written.
             continue
     return "".join(
-        f"<h3>{escape(run.name)}: {escape(prompt or 'no prompt')}</h3>"
+        f"<h3>{escape(run.name)}, {'after the prompt' if prompt else 'without a prompt'}</h3>"
+        + (f"<pre>{escape(prompt)}</pre>" if prompt else "")
         + table(["step", "text"], spread(rows), frozenset({1}))
         for prompt, rows in by_prompt.items()
     )

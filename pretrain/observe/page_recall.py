@@ -71,7 +71,10 @@ def _outcomes(outcomes: list[dict[str, Any]]) -> str:
     for number, ((task, length), by_model) in enumerate(found.items()):
         cells = [f"{by_model[model]:.3f}" if model in by_model else "-" for model in models]
         rows.append([task, length, f"{chances[task, length]:.3f}", *cells])
-        shares |= {(number, 3 + place): _from_0_to_1(by_model.get(model, 0.0)) for place, model in enumerate(models)}
+        for place, model in enumerate(models):
+            # Of what is better than a guess.
+            gained = (by_model.get(model, 0.0) - chances[task, length]) / max(1 - chances[task, length], 1e-9)
+            shares[number, 3 + place] = _from_0_to_1(gained)
     said = "<p>Share of right answers; the first length of each task is that of the training.</p>"
     return said + table(["task", "length", "chance", *models], rows, shares=shares)
 
@@ -87,7 +90,7 @@ def _suite(content: Any) -> str | None:
         said = f"after {int(content['step']):,} steps, trained on rows of {int(content['training_length']):,} tokens"
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    parts = [f"<p>{escape(said)}. Shares of answers that are right as a whole, and of their tokens.</p>"]
+    parts = [f"<p>{escape(said)}. Share of answers that are right as a whole / of their tokens.</p>"]
     for task, results in tasks.items():
         depths, lengths = (sorted({place[index] for place in results}) for index in (0, 1))
         rows, shares = [], {}
@@ -95,7 +98,7 @@ def _suite(content: Any) -> str | None:
             row = [f"{depth:g}"]
             for column, length in enumerate(lengths, start=1):
                 exact, right = results.get((depth, length), (float("nan"),) * 2)
-                row.append(f"{exact:.2f}  {right:.2f}")
+                row.append(f"{exact:.2f} / {right:.2f}" if (depth, length) in results else "-")
                 shares[number, column] = _from_0_to_1(right)
             rows.append(row)
         parts.append(table([f"{task}: depth", *(f"{length:,.0f} tokens" for length in lengths)], rows, shares=shares))

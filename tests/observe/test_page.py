@@ -84,10 +84,12 @@ def test_recall_is_shown_wherever_it_was_measured(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     ended = CliRunner().invoke(app, ["report", str(run), "--html", str(page), "--recall", str(tmp_path / "suite")])
     assert ended.exit_code == 0, ended.output
+    # Coloured by how far it is from a guess to all.
+    assert f"rgba(0, 158, 115, {0.5 * (0.75 - 0.125) / 0.875:.2f})" in page.read_text()
     text = re.sub(r' style="[^"]*"', "", page.read_text())
     for expected in (
         "<th>passkey: depth</th><th>256 tokens</th><th>1,024 tokens</th>",
-        "<td>1</td><td>0.50  1.00</td><td>0.50  1.00</td>",
+        "<td>1</td><td>0.50 / 1.00</td><td>0.50 / 1.00</td>",
         "a &lt; note",
         "<th>chance</th><th>small</th><th>large</th>",
         "<td>mqar</td><td>64</td><td>0.125</td><td>0.500</td><td>0.500</td>",
