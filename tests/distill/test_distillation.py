@@ -18,6 +18,7 @@ from pretrain.config import load_config
 from pretrain.distill.divergence import divergence
 from pretrain.distill.ranking import rank_layers
 from pretrain.errors import InputError
+from pretrain.generate import generate_text
 from pretrain.models.decoder import IGNORED_LABEL
 from pretrain.models.loading import load_decoder
 from pretrain.parallel.schedule import BatchLoss
@@ -66,7 +67,10 @@ def test_a_run_learns_from_its_teacher_and_later_in_every_layer(tmp_path: Path) 
     # All layers go on from there, those that were fixed with fresh moments.
     raw["distillation"]["train_only"] = "everything"
     raw["train"]["steps"] = 10
+    raw["observe"] = {"samples": {"every": 10, "prompts": ["the state"], "temperature": 0, "max_new_tokens": 8}}
     assert run_training(raw) == (10, False)
+    (written,) = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
+    assert [written["text"]] == generate_text(tmp_path / "run", ["the state"], 8, temperature=0, device="cpu")
     last = weights(tmp_path / "run")
     assert all(not torch.equal(after[name], last[name]) for name in last)
     assert metrics(tmp_path / "run")[-1]["distillation/divergence"] < found[0]

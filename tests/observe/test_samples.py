@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hat_data2_zero3": ("hat", 2, {"zero": 3}),
 }
 # Further ones are in test_step_figures.py.
-FAST = ["experts_context2_expert2_zero2", "experts_pipeline4_zero1"]
+FAST = ["experts_pipeline4_zero1"]
 
 
 @pytest.fixture(scope="module")
