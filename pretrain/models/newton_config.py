@@ -122,11 +122,10 @@ def block_cost(
         elementwise_scan_flops_per_token=float(inner * (cell_flops + 2 * width + 3)),
         state_bytes=_FLOAT32 * inner * (state_size + width - 1),
         activation_bytes_per_token=float(activations),
-        # Gradients of the gates and of the projections, of two float32 tensors after the cell, and the adjoint
-        # states with the Jacobians that they are solved with.
-        working_bytes_per_token=float(
-            inner * (bytes_per_element * (3 + 3 + 2) + _FLOAT32 * (2 + state_size + state_size**2))
-        ),
+        # While the output gate's gradient is made: that, of what it scales, and of the product. The cell's adjoint
+        # states come after what stands behind the cell is freed, and take less.
+        working_bytes_per_token=float(inner * (2 * _FLOAT32 + (bytes_per_element if cast_copy else 0))),
+        parameters_at_once=2 * hidden_size * inner,
     )
 
 

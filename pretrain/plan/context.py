@@ -56,8 +56,9 @@ def kept_bytes(block: BlockConfig, config: Config) -> float:
     if config.context_scheme == "chain" or not mixer.exchanges_segments:
         return float(_state_bytes(mixer, config, length * (ranks - 1)))
     element = BYTES_PER_ELEMENT[config.train.precision]
-    messages = family_of(mixer).segment_messages(mixer, config.model.hidden_size, length, element)
-    return kept(messages, config.context_scheme, ranks)
+    family, width = family_of(mixer), config.model.hidden_size
+    said = kept(family.segment_messages(mixer, width, length, element), config.context_scheme, ranks)
+    return said + family.kept_beside_messages(mixer, width, length, ranks, element)
 
 
 def plan_context(config: Config, micro_batches: int) -> ContextPlan | None:

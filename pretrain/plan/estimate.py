@@ -13,6 +13,7 @@ from pretrain.plan.context import ContextPlan, plan_context
 from pretrain.plan.gpus import GPUFit, find_gpu, fit
 from pretrain.plan.lengths import FlopsByLength, flops_by_length
 from pretrain.plan.memory import FLOAT32, BlockCost, Stage, layer_costs, pipeline_stages, shared_parameters
+from pretrain.plan.peak import peak
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, Speed, StepSeconds, busiest, estimate_speed
 
 # Settings of ``train.recompute``.
@@ -28,8 +29,10 @@ class StagePlan:
         layers: how many layers stand on it.
         parameters: of this rank's part of the model, before ZeRO splits them.
         bytes: the most that it holds at once.
-        bytes_by_part: the same, by the keys of :data:`pretrain.plan.memory.PARTS`.
-        activation_bytes: activations alone for each setting of ``train.recompute``.
+        moment: when, in words; see :mod:`pretrain.plan.peak`.
+        bytes_by_part: the same, by the keys of :data:`pretrain.plan.peak.PARTS`.
+        bytes_by_moment: the most that it holds at moments of each kind.
+        activation_bytes: activations at the heaviest moment for each setting of ``train.recompute``.
         bytes_by_recompute: all that it holds for each setting.
     """
 
@@ -37,7 +40,9 @@ class StagePlan:
     layers: int
     parameters: int
     bytes: int
+    moment: str
     bytes_by_part: dict[str, int]
+    bytes_by_moment: dict[str, int]
     activation_bytes: dict[str, int]
     bytes_by_recompute: dict[str, int]
 
@@ -67,6 +72,7 @@ class Plan:
         bytes_per_rank: the most that the heaviest rank holds at once.
         bytes_per_rank_by_part: the same by part; the parts add up to it.
         heaviest_stage: the pipeline stage that this rank is on.
+        heaviest_moment: the moment of a step at which it holds that much, in words.
         stages: one entry per pipeline stage.
         gpu: how the heaviest rank compares with a GPU; None unless one was named.
         tokens_per_inner_position: how many tokens a position of the innermost network stands for, as expected; 1
@@ -96,6 +102,7 @@ class Plan:
     bytes_per_rank: int
     bytes_per_rank_by_part: dict[str, int]
     heaviest_stage: int
+    heaviest_moment: str
     stages: list[StagePlan]
     gpu: GPUFit | None = None
     tokens_per_inner_position: float = 1.0
@@ -221,6 +228,7 @@ def plan(
         bytes_per_rank=heaviest.bytes,
         bytes_per_rank_by_part=heaviest.bytes_by_part,
         heaviest_stage=heaviest.stage,
+        heaviest_moment=heaviest.moment,
         stages=stages,
         gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
         tokens_per_inner_position=1.0 / layers[0].positions_per_token,
@@ -243,16 +251,18 @@ def _save_bytes(stage: Stage) -> int:
 
 
 def _plan_stage(stage: Stage) -> StagePlan:
-    parts = stage.bytes_by_part()
-    together = {setting: _with_recompute(stage, setting).bytes_by_part() for setting in RECOMPUTE}
+    most = peak(stage)
+    peaks = {setting: peak(_with_recompute(stage, setting)) for setting in RECOMPUTE}
     return StagePlan(
         stage=stage.index,
         layers=sum(not layer.is_joint for layer in stage.layers),
         parameters=stage.parameters,
-        bytes=sum(parts.values()),
-        bytes_by_part=parts,
-        activation_bytes={setting: stage.activation_bytes(setting) for setting in RECOMPUTE},
-        bytes_by_recompute={setting: sum(other.values()) for setting, other in together.items()},
+        bytes=most.bytes,
+        moment=most.moment,
+        bytes_by_part=most.bytes_by_part,
+        bytes_by_moment=most.bytes_by_kind,
+        activation_bytes={setting: other.bytes_by_part["activations"] for setting, other in peaks.items()},
+        bytes_by_recompute={setting: other.bytes for setting, other in peaks.items()},
     )
 
 

@@ -2,8 +2,8 @@
 
 What the parts rest on: weights are float32 on every rank and split by tensor and pipeline parallelism, and over
 data-parallel ranks only by ZeRO-3; gradients are float32; AdamW keeps two float32 moments; ZeRO 1 and 2 keep
-another float32 copy of the partition that a rank updates. Activations are in ``train.precision``. Every figure
-is of the moment at which a rank holds most, which is either late in a backward pass or in the optimizer's step.
+another float32 copy of the partition that a rank updates. Activations are in ``train.precision``. At which moment of
+a step a rank holds most, and what of these it then holds, is worked out in :mod:`pretrain.plan.peak`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pretrain.config.schema import BlockConfig, Config
 from pretrain.models.registry import HierarchyConfig, MixerCost, hierarchy_of
 from pretrain.plan.context import kept_bytes, segment_length
 from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
+from pretrain.plan.layer_bytes import LayerBytes, layer_bytes
 
 FLOAT32 = 4
 
@@ -23,22 +24,6 @@ FLOAT32 = 4
 # updates in one piece.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
-
-PARTS = {
-    "weights": "float32 weights, their own master copies",
-    "gradients": "float32 gradients",
-    "optimizer_moments": "both moments of AdamW, float32",
-    "partition_copy": "ZeRO 1 and 2: float32 copy of the weights that this rank updates",
-    "gathered_weights": "ZeRO 3: weights gathered for the layers in use",
-    "communication_buffers": "ZeRO 2 and 3: bucket of gradients on their way to their ranks",
-    "activations": "kept from the forward for the backward pass, all micro-batches in flight",
-    "logits": "float32 logits, their softmax and gradient",
-    "states": "recurrent states before the first token, which cells keep for the backward pass, and what ranks with "
-    "other segments of the sequences said of them",
-    "carried_states": "recurrent states of all of the rank's rows, those of the step before and those of this one",
-    "working": "held only while one layer runs backward: cast weights, their gradients, the layer's own",
-    "optimizer_step": "what the optimizer's step needs beyond what the backward pass has freed by then",
-}
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,7 @@ class BlockCost:
         kept_of_segments: bytes that the last of several ranks keeps of what others said of a sequence.
         is_joint: it is no block, but what joins two stages of a hierarchy: never computed again in the backward pass.
         carried_state_bytes: state of one row that goes on from step to step; 0 where rows begin anew.
+        names: what its mixers are called, in order.
     """
 
     mixers: tuple[MixerCost, ...]
@@ -65,6 +51,7 @@ class BlockCost:
     is_joint: bool = False
     kept_of_segments: float = 0.0
     carried_state_bytes: int = 0
+    names: tuple[str, ...] = ("joint",)
 
     @property
     def parameters(self) -> int:
@@ -85,14 +72,18 @@ class BlockCost:
 
     def activation_bytes_per_token(self, config: Config) -> float:
         """Kept for the backward pass by one tensor-parallel rank when nothing is recomputed, per token read."""
+        return sum(self.activation_bytes_by_mixer(config))
+
+    def activation_bytes_by_mixer(self, config: Config) -> list[float]:
+        """The same of each mixer, with the norm before it."""
         tensor = config.parallel.tensor
         # Each norm keeps its input in float32; its result is kept by the projections that read it.
         norm = self.hidden_size * (FLOAT32 + BYTES_PER_ELEMENT[config.train.precision])
-        norm /= tensor if config.parallel.sequence else 1
+        norm *= self.norms / len(self.mixers) / (tensor if config.parallel.sequence else 1)
         # A joint's work is not split.
         split = 1 if self.is_joint else tensor
-        mixers = sum(mixer.activation_bytes_per_rank(split, config.parallel.sequence) for mixer in self.mixers)
-        return self.positions_per_token * (self.norms * norm + mixers)
+        sizes = [mixer.activation_bytes_per_rank(split, config.parallel.sequence) for mixer in self.mixers]
+        return [self.positions_per_token * (norm + size) for size in sizes]
 
 
 def block_cost(
@@ -119,6 +110,7 @@ def block_cost(
         carried_channels=sum(config.model.carried_channels(place).values()),
         kept_of_segments=kept_bytes(block, config),
         carried_state_bytes=carried or 0,
+        names=tuple(section.type for section in sections),
     )
 
 
@@ -156,13 +148,20 @@ def shared_parameters(layers: list[BlockCost]) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage on one rank: its layers, its place, the batch that it sees, and what all layers share."""
+    """One pipeline stage on one rank: its layers, its place, the batch that it sees, and what all layers share.
+
+    Attributes:
+        layers: in the order of :func:`layer_costs`.
+        first_layer: index of the first of them in the model.
+        shared: parameters that layers share, see :func:`shared_parameters`.
+    """
 
     config: Config
     layers: list[BlockCost]
     index: int
     data_size: int
     shared: int = 0
+    first_layer: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -200,8 +199,13 @@ class Stage:
     def under(self, config: Config) -> Stage:
         """The same layers cut the same way, under another ZeRO stage, batch or recomputation; counts are kept."""
         other = replace(self, config=config)
-        vars(other).update({name: getattr(self, name) for name in ("parameters", "routed")})
+        vars(other).update({name: getattr(self, name) for name in ("parameters", "routed", "layer_bytes")})
         return other
+
+    @functools.cached_property
+    def layer_bytes(self) -> list[LayerBytes]:
+        """What each layer holds, in the order of the forward pass."""
+        return layer_bytes(self.config, self.layers, self.first_layer)
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -230,100 +234,6 @@ class Stage:
         routed = self.routed
         return -(-(self.parameters - routed) // self.copies) + -(-routed * self.config.parallel.expert // self.copies)
 
-    def activation_bytes(self, recompute: str) -> int:
-        """Activations of every micro-batch in flight, under one setting of ``train.recompute``."""
-        parallel = self.config.parallel
-        element = BYTES_PER_ELEMENT[self.config.train.precision]
-        split = parallel.tensor if parallel.sequence else 1
-        whole = [layer.activation_bytes_per_token(self.config) for layer in self.layers]
-        if recompute == "block":
-            # Every block keeps its input, and what is carried beside it; the one that runs backward has all of its own
-            # again.
-            kept = [
-                size if layer.is_joint else layer.input_bytes(element) / split
-                for layer, size in zip(self.layers, whole, strict=True)
-            ]
-            per_token = self.micro_batches_in_flight * sum(kept)
-            per_token += max(size for layer, size in zip(self.layers, whole, strict=True) if not layer.is_joint)
-        else:
-            per_token = self.micro_batches_in_flight * sum(whole)
-        if self.is_last:
-            per_token += self.config.model.embedding_size * (FLOAT32 + element) / split
-        return int(self.tokens * per_token)
-
-    def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of each of :data:`PARTS` on this rank; their sum is the most it holds at once."""
-        zero, parameters = self.config.parallel.zero, self.parameters
-        partition = self.partition
-        bucket = min(REDUCE_BUCKET, parameters) if self.copies > 1 else 0
-        elements = {
-            "weights": partition if zero == 3 else parameters,
-            "gradients": partition if zero >= 2 else parameters,
-            "optimizer_moments": 2 * (partition if zero else parameters),
-            "partition_copy": partition if zero in (1, 2) else 0,
-            "gathered_weights": min(parameters, LIVE_PARAMETERS) if zero == 3 else 0,
-            "communication_buffers": bucket if zero >= 2 else 0,
-        }
-        parts = {name: count * FLOAT32 for name, count in elements.items()}
-        backward = {
-            "activations": self.activation_bytes(self.config.train.recompute),
-            "logits": self._logit_bytes() if self.is_last else 0,
-            "states": self._state_bytes(),
-            "working": self._working_bytes(),
-        }
-        parts.update(backward)
-        carried = sum(layer.carried_state_bytes for layer in self.layers) // self.config.parallel.tensor
-        parts["carried_states"] = 2 * self.rows * carried
-        parts["optimizer_step"] = max(0, self._optimizer_step_bytes(partition, bucket) - sum(backward.values()))
-        return parts
-
-    def _logit_bytes(self) -> int:
-        per_token = self.config.model.vocab_size / self.config.parallel.tensor
-        if self.config.model.output_logit_soft_cap is None:
-            copies = FLOAT32 + BYTES_PER_ELEMENT[self.config.train.precision]
-        else:
-            # tanh's result, and the gradient before and after it, of which one took the softmax's place.
-            copies = 3 * FLOAT32
-        return int(self.tokens * per_token * copies)
-
-    def _state_bytes(self) -> int:
-        of_layers = [layer.kept_of_segments for layer in self.layers]
-        is_kept = self.config.train.recompute == "none"
-        kept = sum(of_layers) * self.micro_batches_in_flight if is_kept else max(of_layers)
-        # The chunks of a micro-batch stand in one row, which begins with one state.
-        rows = self.config.train.micro_batch_size
-        states = sum(
-            max(layer.initial_state_bytes, layer.carried_state_bytes) * (rows if layer.positions_per_token == 1 else 1)
-            for layer in self.layers
-        )
-        return int((states + kept * self.config.train.micro_batch_size) / self.config.parallel.tensor)
-
-    def _working_bytes(self) -> int:
-        """Of the layer, or of the head, that needs most."""
-        tensor, element = self.config.parallel.tensor, BYTES_PER_ELEMENT[self.config.train.precision]
-        expert, tokens = self.config.parallel.expert, self.tokens
-        weight = element if element != FLOAT32 else 0
-        # A product's weight is cast, and its gradient is there in both precisions, until it is added up.
-        per_parameter = 2 * weight + FLOAT32
-        needed = [
-            mixer.working_bytes_per_rank(tensor) * tokens * layer.positions_per_token
-            + per_parameter * mixer.parameters_per_rank(tensor, expert)
-            for layer in self.layers
-            for mixer in layer.mixers
-        ]
-        if self.is_last:
-            needed.append(per_parameter * self.head_parameters)
-        return int(max(needed))
-
-    def _optimizer_step_bytes(self, partition: int, bucket: int) -> int:
-        """AdamW's square roots beside what brings gradients into place for it."""
-        zero = self.config.parallel.zero
-        if zero == 0:
-            return FLOAT32 * self.parameters
-        if zero == 3:
-            return FLOAT32 * min(partition, LIVE_PARAMETERS)
-        return FLOAT32 * max(2 * partition, bucket if zero == 1 else 0)
-
 
 def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> list[Stage]:
     """A rank of each pipeline stage.
@@ -335,4 +245,6 @@ def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> 
     shared = shared_parameters(layers)
     # A hierarchy's outer stages stand behind its layers, all on one stage.
     held = config.parallel.stage_layers(len(layers)) if config.parallel.pipeline > 1 else [range(len(layers))]
-    return [Stage(config, layers[on.start : on.stop], index, data_size, shared) for index, on in enumerate(held)]
+    return [
+        Stage(config, layers[on.start : on.stop], index, data_size, shared, on.start) for index, on in enumerate(held)
+    ]

@@ -8,8 +8,8 @@ from rich.table import Table
 from pretrain.plan.context import ContextPlan
 from pretrain.plan.estimate import Plan
 from pretrain.plan.gpus import USABLE_FRACTION
-from pretrain.plan.memory import PARTS
 from pretrain.plan.numbers import format_bytes, format_count
+from pretrain.plan.peak import MOMENTS, PARTS
 from pretrain.plan.tables import lengths_table, speed_rows, step_table, traffic_table
 
 
@@ -74,7 +74,8 @@ def _overview(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table:
     where = f", on pipeline stage {plan.heaviest_stage}" if len(plan.stages) > 1 else ""
-    table = Table(title=f"Memory of the heaviest rank{where}", title_justify="left", show_footer=True)
+    title = f"Memory of the heaviest rank{where}, at its heaviest moment: {plan.heaviest_moment}"
+    table = Table(title=title, title_justify="left", show_footer=True)
     table.add_column("part", footer="together")
     table.add_column("bytes", justify="right", footer=format_bytes(plan.bytes_per_rank))
     table.add_column("what it is")
@@ -82,6 +83,9 @@ def _memory(plan: Plan) -> Table:
         if count:
             table.add_row(name.replace("_", " "), format_bytes(count), PARTS[name])
     heaviest = plan.stages[plan.heaviest_stage]
+    for kind, count in heaviest.bytes_by_moment.items():
+        table.add_row(f"[dim]{MOMENTS[kind]}[/dim]", f"[dim]({format_bytes(count)})[/dim]",
+                      "[dim]all that is there at the heaviest of these moments[/dim]")  # fmt: skip
     for setting, count in heaviest.activation_bytes.items():
         together = format_bytes(heaviest.bytes_by_recompute[setting])
         table.add_row(f"[dim]train.recompute={setting}[/dim]", f"[dim]({format_bytes(count)})[/dim]",

@@ -17,6 +17,7 @@ from pretrain.plan.estimate import RECOMPUTE, model_flops_per_token, stage_flops
 from pretrain.plan.gpus import GPU, find_gpu, usable_bytes
 from pretrain.plan.memory import BlockCost, Stage, layer_costs, pipeline_stages
 from pretrain.plan.numbers import format_bytes
+from pretrain.plan.peak import heaviest
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, StepSeconds, busiest
 
 ZERO = (0, 1, 2, 3)
@@ -245,7 +246,7 @@ class _Seeking:
                 train = config.train.model_copy(update=changed)
                 tried = config.model_copy(update={"train": train})
                 stages = [stage.under(tried) for stage in stages]
-                held = max(sum(stage.bytes_by_part().values()) for stage in stages)
+                held = heaviest(stages)
                 if held > self.usable:
                     # Larger micro-batches hold more.
                     least, count = self.too_large.get((first.zero, recompute), (held, 0))

@@ -107,7 +107,7 @@ def test_long_packed_sequences_on_a_gpu(dtype: torch.dtype) -> None:
     length = 1300
     tensors = [tensor.detach().to("cuda", dtype) for tensor in random_heads(2, length, length, (4, 2), 64)]
     earliest = random_earliest(2, length, length, rate=0.01).cuda()
-    assert length**2 > attend_module._MOST_MASKED_PAIRS
+    assert length**2 > attend_module.MOST_MASKED_PAIRS
     results = []
     for kind in (dtype, torch.float64):
         leaves = [tensor.to(kind).requires_grad_() for tensor in tensors]

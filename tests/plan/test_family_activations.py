@@ -77,6 +77,9 @@ def _beyond_the_plan(config: Config, block: str) -> float:
     if isinstance(section.mixer, SLSTMConfig):
         # One rank's channels of the input are the block's own; several ranks each copy theirs.
         more -= element * model.hidden_size
+    if isinstance(section.mixer, AttentionConfig):
+        # On a GPU, which is not waited for, a mask keeps documents apart even where there is but one.
+        more -= element * config.data.sequence_length
     if isinstance(section.mixer, AttentionConfig) and section.mixer.rotary_fraction == 0:
         # Attention's output has its queries' layout here, and unless they were rotated that is the projection's.
         heads = section.mixer.num_heads * section.mixer.size_of_head(model.hidden_size)

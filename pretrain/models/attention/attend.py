@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-BLOCK = 128
+from pretrain.models.attention.config import MOST_MASKED_PAIRS
 
-# Pairs of query and key beyond which a mask costs more than compiling once does.
-_MOST_MASKED_PAIRS = 1024 * 1024
+BLOCK = 128
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, earliest: Tensor | None, scale: float) -> Tensor:
@@ -47,7 +46,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, earliest: Tensor | None, s
         key, value = _for_kernel(query, key, value, masked=False)
         grouped = key.shape[1] < query.shape[1]
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-    elif query.is_cuda and query.shape[2] == key.shape[2] and query.shape[2] ** 2 > _MOST_MASKED_PAIRS:
+    elif query.is_cuda and query.shape[2] == key.shape[2] and query.shape[2] ** 2 > MOST_MASKED_PAIRS:
         output = _by_blocks(query, key, value, earliest, scale, _compiled_flex_attention())
     else:
         output = _by_mask(query, key, value, earliest, scale)

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from pretrain.models.registry import MixerConfig, StrictModel
 
+# Pairs of query and key beyond which a mask costs more than compiling once does.
+MOST_MASKED_PAIRS = 1024 * 1024
+
 
 class RotaryScaling(StrictModel):
     """Longer rotary wavelengths for texts longer than a model was first trained on, as in Llama 3.1.

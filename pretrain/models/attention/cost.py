@@ -10,7 +10,7 @@ less too; neither figure knows of them.
 
 from __future__ import annotations
 
-from pretrain.models.attention.config import AttentionConfig
+from pretrain.models.attention.config import MOST_MASKED_PAIRS, AttentionConfig
 from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
 
@@ -64,6 +64,8 @@ def cost(
         activations += bytes_per_element * (queries + keys)
     # Sines and cosines.
     activations += _FLOAT32 * rotary
+    # A row of the mask that keeps documents apart, of all heads.
+    mask = bytes_per_element * sequence_length if sequence_length**2 <= MOST_MASKED_PAIRS else 0
     return MixerCost(
         parameters=parameters,
         parameters_replicated=replicated,
@@ -76,10 +78,25 @@ def cost(
         executed_scan_flops_per_token=4.0 * queries * sequence_length,
         executed_scan_backward_flops_per_token=10.0 * queries * sequence_length,
         state_bytes=_FLOAT32 * (2 * keys * kept_tokens + 1),
-        activation_bytes_per_token=float(activations),
-        # Gradients of queries, keys and values before and after rotation, and of the output.
-        working_bytes_per_token=float(bytes_per_element * (2 * projected + queries)),
+        activation_bytes_per_token=float(activations + mask),
+        activation_bytes_replicated=float(mask),
+        # Gradients of queries, keys and values; that of the output takes the place of what the output projection kept.
+        working_bytes_per_token=float(bytes_per_element * projected),
+        parameters_at_once=hidden_size * projected,
     )
+
+
+def kept_beside_messages(
+    config: AttentionConfig, hidden_size: int, segment_length: int, ranks: int, bytes_per_element: int
+) -> float:
+    """What the last of several ranks keeps of a sequence beside messages: a mask over its own keys and earlier ones."""
+    keys = segment_length * ranks
+    if keys**2 <= MOST_MASKED_PAIRS:
+        # Of so short a sequence the costs of a layer count one.
+        return 0.0
+    if config.sliding_window is not None:
+        keys = min(keys, segment_length + config.sliding_window - 1)
+    return float(bytes_per_element * segment_length * keys)
 
 
 def segment_messages(

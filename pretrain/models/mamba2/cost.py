@@ -59,6 +59,12 @@ def cost(
         # Step sizes and their pre-activation.
         + 2 * _FLOAT32 * heads
     )
+    # The backward pass computes the states at all chunk boundaries again, and their gradients, and the scores of a
+    # chunk's pairs with theirs; per head it has sums of several kinds.
+    cell = 2.0 * _FLOAT32 * inner * state_size * (chunks + 1) / sequence_length
+    cell += 2.0 * bytes_per_element * groups * chunk + 7.0 * _FLOAT32 * heads
+    # What only comes after the recurrence, which its gradients have freed when they reach it.
+    freed = (bytes_per_element + 4 * _FLOAT32 + gate_copy) * inner
     return MixerCost(
         parameters=parameters,
         parameters_replicated=0,
@@ -71,9 +77,13 @@ def cost(
         executed_scan_backward_flops_per_token=padded * executed_backward,
         state_bytes=_FLOAT32 * state,
         activation_bytes_per_token=float(activations),
-        working_bytes_per_token=2.0 * _FLOAT32 * inner * state_size * (chunks + 1) / sequence_length
-        + bytes_per_element * projected
-        + 4.0 * _FLOAT32 * inner,
+        parameters_at_once=hidden_size * projected,
+        working_bytes_per_token=max(
+            # While the norm's gradient is made: three float32 tensors beside what is kept, and the gradient that came.
+            inner * (3.0 * _FLOAT32 + (0 if bytes_per_element == _FLOAT32 else bytes_per_element)),
+            # Gradients of values, of the gate and of the recurrence's output, of keys and queries.
+            cell + bytes_per_element * (3 * inner + 2 * keys) - freed,
+        ),
         # A multiply-add for each tap, and the skip connection's.
         elementwise_scan_flops_per_token=2.0 * window * convolved + 2.0 * inner,
     )

@@ -74,22 +74,43 @@ def cost(
         # Per head: tanh and pre-activation of both gates, and the cell's and the norm's scalars.
         + 10 * _FLOAT32 * heads
     )
+    # What only comes after the cell, which its gradients have freed when they reach it.
+    freed = (bytes_per_element + cast_copy + 3 * _FLOAT32) * value
     return MixerCost(
         parameters=parameters,
         parameters_replicated=0,
         active_parameters=parameters,
+        parameters_at_once=hidden_size * projected,
         projection_flops_per_token=2.0 * weights,
         scan_flops_per_token=2 * memory + normalizer + 2.0 * causal_pairs * (query_key + value),
         executed_scan_flops_per_token=padded * executed_forward,
         executed_scan_backward_flops_per_token=padded * executed_backward,
         state_bytes=_FLOAT32 * state,
         activation_bytes_per_token=float(activations),
-        # The backward pass computes the states at all chunk boundaries again, and their gradients; beside
-        # them stand the gradients of the projections and of the value-sized float32 tensors.
-        working_bytes_per_token=2.0 * _FLOAT32 * state * (chunks + 1) / sequence_length
-        + bytes_per_element * projected
-        + 2.0 * _FLOAT32 * value,
+        working_bytes_per_token=max(
+            gating_bytes(value, bytes_per_element),
+            # Gradients of queries, keys, values, of the output gate and of the cell's output.
+            cell_bytes(config, state, sequence_length) + bytes_per_element * (2 * query_key + 3 * value) - freed,
+        ),
     )
+
+
+def gating_bytes(channels: int, bytes_per_element: int) -> float:
+    """Held per token while the output gate's gradient is made, of that gate, of what it scales, and of the product."""
+    return channels * (2.0 * _FLOAT32 + (0 if bytes_per_element == _FLOAT32 else bytes_per_element))
+
+
+def cell_bytes(config: MLSTMConfig, state: int, sequence_length: int) -> float:
+    """Held per token by the cell's backward pass on a GPU, its results left out.
+
+    States at all chunk boundaries, which it computes again, and their gradients; per head the gates' quantities, some
+    in float64.
+
+    Args:
+        state: numbers in the state of all heads.
+    """
+    chunks = -(-sequence_length // min(config.chunk_size, sequence_length))
+    return 2.0 * _FLOAT32 * state * (chunks + 1) / sequence_length + 14.0 * _FLOAT32 * config.num_heads
 
 
 def segment_messages(

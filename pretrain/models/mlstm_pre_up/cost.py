@@ -7,6 +7,7 @@ from there.
 from __future__ import annotations
 
 from pretrain.models.mlstm.config import MLSTMConfig
+from pretrain.models.mlstm.cost import cell_bytes, gating_bytes
 from pretrain.models.mlstm.cost import cost as mlstm_cost
 from pretrain.models.mlstm.cost import segment_messages as cell_messages
 from pretrain.models.mlstm_pre_up.config import MLSTMPreUpConfig
@@ -47,18 +48,26 @@ def cost(
         # Per head: both gates, and the cell's and the norm's scalars.
         + 8 * _FLOAT32 * heads
     )
+    # What only comes after the cell, which its gradients have freed when they reach it.
+    freed = (bytes_per_element + cast_copy + 3 * _FLOAT32 + cast_copy) * inner
     return MixerCost(
         parameters=parameters,
         parameters_replicated=0,
         active_parameters=parameters,
+        parameters_at_once=2 * hidden_size * inner,
         projection_flops_per_token=2.0 * weights,
         scan_flops_per_token=cell.scan_flops_per_token,
         executed_scan_flops_per_token=cell.executed_scan_flops_per_token,
         executed_scan_backward_flops_per_token=cell.executed_scan_backward_flops_per_token,
         state_bytes=cell.state_bytes + _FLOAT32 * (width - 1) * inner,
         activation_bytes_per_token=float(activations),
-        # What the cell holds: queries, keys, values and gates have gradients as its own projections would.
-        working_bytes_per_token=cell.working_bytes_per_token,
+        working_bytes_per_token=max(
+            gating_bytes(inner, bytes_per_element),
+            # Gradients of queries, keys, values, of the gate, of the skip and of the cell's output.
+            cell_bytes(_cell(config), cell.state_bytes // _FLOAT32, sequence_length)
+            + bytes_per_element * 6 * inner
+            - freed,
+        ),
         # A multiply-add per tap, the bias, and SiLU.
         elementwise_scan_flops_per_token=inner * (2.0 * width + 4),
     )

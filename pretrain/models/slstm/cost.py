@@ -63,8 +63,8 @@ def cost(
         state_bytes=_FLOAT32 * hidden_size * (4 + max(width - 1, 0)),
         activation_bytes_per_token=float(activations),
         # Gradients of the gates, again by head with the hidden states for the recurrent weights' product, and
-        # gradients of the cell's output and of the norm's input, float32.
-        working_bytes_per_token=float(hidden_size * (9 * bytes_per_element + 2 * _FLOAT32)),
+        # those of the cell's output, once in float32; the norm's float32 input and result are freed by then.
+        working_bytes_per_token=float(hidden_size * (10 * bytes_per_element - cast_copy)),
         elementwise_scan_flops_per_token=convolution_flops + CELL_FLOPS * hidden_size,
     )
 

@@ -25,6 +25,8 @@ def cost(
     if config.gated:
         # Gate and up are one tensor, which stays for up's sake; the product needs the activated gate too.
         kept = 5 if config.activation == "relu_squared" else 4
+    # Beyond what is freed, gradients of a gate and of what it scales; of a square, both its steps' and their factor.
+    working = 2 if config.gated else (3 if config.activation == "relu_squared" else 1)
     return MixerCost(
         parameters=parameters,
         parameters_replicated=0,
@@ -35,6 +37,6 @@ def cost(
         executed_scan_backward_flops_per_token=0.0,
         state_bytes=0,
         activation_bytes_per_token=float(kept * inner * bytes_per_element),
-        # Gradients of the same.
-        working_bytes_per_token=float(kept * inner * bytes_per_element),
+        working_bytes_per_token=float(working * inner * bytes_per_element),
+        parameters_at_once=(2 if config.gated else 1) * hidden_size * inner,
     )

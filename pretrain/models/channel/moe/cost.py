@@ -30,6 +30,10 @@ def cost(
     router = size * (hidden_size + experts) if config.router == "recurrent" else experts * hidden_size
     products = router + each * expert + shared_expert + (6 * size * size if cell else 0)
     activations, replicated, by_position = _activation_bytes(config, hidden_size, bytes_per_element)
+    # In turn: gradients of the experts' outputs and of those times their weights; within the experts, as in SwiGLU, of
+    # the product and its factors; within the shared expert the same.
+    returned, inside = 2 * each * hidden_size, 2 * each * inner
+    working = max(returned, inside, 2 * (config.shared_expert_size or 0))
     return MixerCost(
         parameters=router + experts * expert + shared_expert,
         parameters_replicated=router,
@@ -44,9 +48,10 @@ def cost(
         activation_bytes_per_token=activations,
         activation_bytes_replicated=replicated,
         activation_bytes_by_position=by_position,
-        # Gradients of what the experts read, of what they keep inside, and of what they return.
-        working_bytes_per_token=float(each * (2 * hidden_size + 4 * inner) * bytes_per_element),
-        working_bytes_replicated=float(each * 2 * hidden_size * bytes_per_element),
+        working_bytes_per_token=float(working * bytes_per_element),
+        working_bytes_replicated=float(working * bytes_per_element) if returned == working else 0.0,
+        # On a GPU all experts' weights of one name are stacked for one product; the router's cell counts elsewhere.
+        parameters_at_once=max(experts * hidden_size * inner, 2 * hidden_size * (config.shared_expert_size or 0)),
     )
 
 

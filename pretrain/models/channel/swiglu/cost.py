@@ -31,6 +31,7 @@ def cost(
         state_bytes=0,
         # Gate and up (one tensor), silu(gate), and the product that the down projection reads.
         activation_bytes_per_token=4.0 * inner * bytes_per_element,
-        # Gradients of the same four.
-        working_bytes_per_token=4.0 * inner * bytes_per_element,
+        # Gradients of the product and of both its factors; the product itself is freed by then.
+        working_bytes_per_token=2.0 * inner * bytes_per_element,
+        parameters_at_once=2 * hidden_size * inner,
     )
