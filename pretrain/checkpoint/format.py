@@ -288,3 +288,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """What ``state.json`` of a complete checkpoint holds.
+
+    Raises:
+        InputError: it is not what the manifest says, or is no JSON object.
+    """
+    path = directory / STATE_FILE
+    if file_sha256(path) != manifest.state.sha256:
+        raise InputError(f"{path} does not match its SHA-256 in {MANIFEST_FILE}; use an earlier one")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return state

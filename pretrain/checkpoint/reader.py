@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 from pretrain.checkpoint.directory import verify_checksums_of
 from pretrain.checkpoint.format import (
     MANIFEST_FILE,
-    STATE_FILE,
     PieceRecord,
     ShardRecord,
-    file_sha256,
     read_manifest,
+    read_state,
 )
 from pretrain.errors import InputError
 
@@ -40,7 +38,7 @@ class CheckpointReader:
             raise InputError(f"{self.path} is not a checkpoint directory")
         self.manifest = read_manifest(self.path)
         self.step: int = self.manifest.step
-        self.state: dict[str, Any] = self._read_state()
+        self.state: dict[str, Any] = read_state(self.path, self.manifest)
         self._tensors = self.manifest.tensors()
         self._open_shards: dict[str, Any] = {}
 
@@ -163,15 +161,3 @@ class CheckpointReader:
             return stored[tuple(source)] if source else self._shard(file).get_tensor(piece.key)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path / file}: {piece.key!r} cannot be read: {error}") from error
-
-    def _read_state(self) -> dict[str, Any]:
-        path = self.path / STATE_FILE
-        if file_sha256(path) != self.manifest.state.sha256:
-            raise InputError(f"{path} does not match its SHA-256 in {MANIFEST_FILE}; use an earlier one")
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not readable JSON: {error}") from error
-        if not isinstance(state, dict):
-            raise InputError(f"{path} must hold a JSON object")
-        return state

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pretrain.models.registry import StrictModel
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import Config
+    from pretrain.config.schema import Config, ModelConfig
 
 
 class LogitsTerm(StrictModel):
@@ -64,6 +64,12 @@ class DistillationConfig(StrictModel):
                 "or leave the section out"
             )
         return self
+
+
+def replaced_layers(student: ModelConfig, teacher: ModelConfig) -> list[int]:
+    """Layers whose sequence mixer is another than the teacher's."""
+    shared = min(student.num_layers, teacher.num_layers)
+    return [layer for layer in range(shared) if student.block(layer).mixer != teacher.block(layer).mixer]
 
 
 def distillation_problem(config: Config) -> str | None:

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from pretrain.config.distillation import DistillationConfig
+from pretrain.config.distillation import DistillationConfig, replaced_layers
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.distill.divergence import divergence
 from pretrain.distill.teacher import Lesson, Teacher, open_teacher
@@ -126,12 +126,6 @@ class Student(Decoder):
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         means = dict(zip(names, (totals / max(labels, 1)).tolist(), strict=True))
         return means | {LOSS: sum(weights[name] * mean for name, mean in means.items())}
-
-
-def replaced_layers(student: ModelConfig, teacher: ModelConfig) -> list[int]:
-    """Layers whose sequence mixer is another than the teacher's."""
-    shared = min(student.num_layers, teacher.num_layers)
-    return [layer for layer in range(shared) if student.block(layer).mixer != teacher.block(layer).mixer]
 
 
 def build_student(config: Config) -> Student:

@@ -15,6 +15,7 @@ from pretrain.plan.lengths import FlopsByLength, flops_by_length
 from pretrain.plan.memory import FLOAT32, BlockCost, Stage, layer_costs, pipeline_stages, shared_parameters
 from pretrain.plan.peak import peak
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, Speed, StepSeconds, busiest, estimate_speed
+from pretrain.plan.teacher import TeacherCost, read_teacher
 
 # Settings of ``train.recompute``.
 RECOMPUTE = ("none", "block")
@@ -78,7 +79,8 @@ class Plan:
         tokens_per_inner_position: how many tokens a position of the innermost network stands for, as expected; 1
             without a hierarchy.
         context: what ranks that hold segments of the same sequences send each other; None where each holds whole ones.
-        uncounted_teacher: the checkpoint of a teacher, of which nothing here is counted; None where there is none.
+        uncounted_teacher: the checkpoint of a teacher of which nothing here is counted, because it is not there yet;
+            None where there is none, or it is counted.
         bytes_per_rank_by_recompute: the most that any rank holds, for each setting of ``train.recompute``.
         save_host_bytes: host memory that asynchronous saves keep on the rank that writes most: weights and both
             moments, float32, of what it writes.
@@ -132,9 +134,10 @@ def model_flops_per_token(config: Config) -> float:
     return 3.0 * (forward + _head_flops(config))
 
 
-def hardware_flops_per_token(config: Config) -> float:
-    """FLOPs that one training token really takes, masked pairs, padding and recomputation included."""
-    return sum(_executed_flops(layer, config) for layer in layer_costs(config)) + 3 * _head_flops(config)
+def hardware_flops_per_token(config: Config, teacher: TeacherCost | None = None) -> float:
+    """FLOPs that one training token really takes, masked pairs, padding, recomputation and a teacher's included."""
+    taught = teacher.forward_flops_per_token if teacher else 0.0
+    return sum(_executed_flops(layer, config) for layer in layer_costs(config)) + 3 * _head_flops(config) + taught
 
 
 def _executed_flops(layer: BlockCost, config: Config) -> float:
@@ -155,7 +158,8 @@ def _head_flops(config: Config) -> float:
 def stage_flops_per_token(stage: Stage) -> float:
     """FLOPs that all tensor-parallel ranks of a pipeline stage really do for each token; the head is on the last."""
     head = 3 * _head_flops(stage.config) if stage.is_last else 0.0
-    return sum(_executed_flops(layer, stage.config) for layer in stage.layers) + head
+    taught = stage.teacher.forward_flops_per_token if stage.teacher else 0.0
+    return sum(_executed_flops(layer, stage.config) for layer in stage.layers) + head + taught
 
 
 def estimate_step(stages: list[Stage], gpu: str, utilization: float) -> StepSeconds:
@@ -192,7 +196,8 @@ def plan(
     data_size = world_size // parallel.model_parallel
     layers = layer_costs(config)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
-    held = pipeline_stages(config, layers, data_size)
+    teacher = read_teacher(config)
+    held = pipeline_stages(config, layers, data_size, teacher)
     stages = [_plan_stage(stage) for stage in held]
     heaviest = max(stages, key=lambda stage: stage.bytes)
     embedding = config.model.vocab_size * config.model.embedding_size
@@ -209,7 +214,7 @@ def plan(
         active_parameters=sum(layer.active_parameters for layer in layers) + outside_layers,
         embedding_parameters=embedding,
         flops_per_token=flops,
-        hardware_flops_per_token=hardware_flops_per_token(config),
+        hardware_flops_per_token=hardware_flops_per_token(config, teacher),
         world_size=world_size,
         layout={
             "tensor": parallel.tensor,
@@ -233,7 +238,7 @@ def plan(
         gpu=None if gpu is None else fit(gpu, heaviest.bytes, flops, world_size),
         tokens_per_inner_position=1.0 / layers[0].positions_per_token,
         context=plan_context(config, micro_batches),
-        uncounted_teacher=None if config.distillation is None else config.distillation.teacher,
+        uncounted_teacher=config.distillation.teacher if config.distillation and teacher is None else None,
         bytes_per_rank_by_recompute={
             setting: max(stage.bytes_by_recompute[setting] for stage in stages) for setting in RECOMPUTE
         },

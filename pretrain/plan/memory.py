@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pretrain.config.carried_states import bytes_after_any_length
 from pretrain.config.schema import BlockConfig, Config
@@ -17,6 +18,9 @@ from pretrain.models.registry import HierarchyConfig, MixerCost, hierarchy_of
 from pretrain.plan.context import kept_bytes, segment_length
 from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
 from pretrain.plan.layer_bytes import LayerBytes, layer_bytes
+
+if TYPE_CHECKING:
+    from pretrain.plan.teacher import TeacherCost
 
 FLOAT32 = 4
 
@@ -154,6 +158,7 @@ class Stage:
         layers: in the order of :func:`layer_costs`.
         first_layer: index of the first of them in the model.
         shared: parameters that layers share, see :func:`shared_parameters`.
+        teacher: that the rank holds beside them; None where there is none.
     """
 
     config: Config
@@ -162,6 +167,7 @@ class Stage:
     data_size: int
     shared: int = 0
     first_layer: int = 0
+    teacher: TeacherCost | None = None
 
     @property
     def is_last(self) -> bool:
@@ -235,16 +241,20 @@ class Stage:
         return -(-(self.parameters - routed) // self.copies) + -(-routed * self.config.parallel.expert // self.copies)
 
 
-def pipeline_stages(config: Config, layers: list[BlockCost], data_size: int) -> list[Stage]:
+def pipeline_stages(
+    config: Config, layers: list[BlockCost], data_size: int, teacher: TeacherCost | None = None
+) -> list[Stage]:
     """A rank of each pipeline stage.
 
     Args:
         layers: of the whole model, as :func:`layer_costs` gives them.
         data_size: data-parallel ranks.
+        teacher: of a run that has one.
     """
     shared = shared_parameters(layers)
     # A hierarchy's outer stages stand behind its layers, all on one stage.
     held = config.parallel.stage_layers(len(layers)) if config.parallel.pipeline > 1 else [range(len(layers))]
     return [
-        Stage(config, layers[on.start : on.stop], index, data_size, shared, on.start) for index, on in enumerate(held)
+        Stage(config, layers[on.start : on.stop], index, data_size, shared, on.start, teacher)
+        for index, on in enumerate(held)
     ]

@@ -24,6 +24,7 @@ from pretrain.config.schema import Config
 from pretrain.plan.costs import BYTES_PER_ELEMENT
 from pretrain.plan.layer_bytes import FLOAT32, LayerBytes
 from pretrain.plan.memory import LIVE_PARAMETERS, REDUCE_BUCKET, Stage
+from pretrain.plan.teacher import TeacherCost
 
 PARTS = {
     "weights": "float32 weights, their own master copies",
@@ -34,17 +35,23 @@ PARTS = {
     "communication_buffers": "ZeRO 2 and 3: bucket of gradients on their way to their ranks; sequence parallelism: "
     "hidden states gathered",
     "activations": "kept from the forward for the backward pass, all micro-batches in flight",
-    "logits": "float32 logits, their softmax and gradient",
+    "logits": "float32 logits, their softmax and gradient; where there is a teacher, its own and what compares them",
     "states": "recurrent states before the first token, which cells keep for the backward pass, and what ranks with "
     "other segments of the sequences said of them",
     "carried_states": "recurrent states of all of the rank's rows, those of the step before and those of this one",
+    "teacher": "float32 weights of the teacher",
     "working": "held only while one layer runs backward: gradients of what it computes, cast weights, their gradients",
     "optimizer_step": "what the optimizer's step needs beside gradients and moments",
 }
 
 
 # Kinds of moments, in words.
-MOMENTS = {"loss": "loss", "backward": "backward passes", "optimizer_step": "optimizer's step"}
+MOMENTS = {
+    "teacher": "teacher's forward pass",
+    "loss": "loss",
+    "backward": "backward passes",
+    "optimizer_step": "optimizer's step",
+}
 
 
 class Moment(NamedTuple):
@@ -95,13 +102,20 @@ def logit_bytes(config: Config) -> float:
     """What the loss of one token holds at most for its logits on one tensor-parallel rank, without the head's work.
 
     The logits in the dtype of activations and in float32, which become their softmax and gradient in place. A soft
-    cap keeps its own result, and makes a third and fourth tensor on the way to the loss and back.
+    cap keeps its own result, and makes a third and fourth tensor on the way to the loss and back. A comparison with a
+    teacher's takes both, the logarithms of both probabilities, their difference, two exponentials and the gradient.
     """
     per_token = config.model.vocab_size / config.parallel.tensor
     element = BYTES_PER_ELEMENT[config.train.precision]
-    if config.model.output_logit_soft_cap is not None:
-        return 3 * FLOAT32 * per_token
-    return per_token * (FLOAT32 if element == FLOAT32 else FLOAT32 + element)
+    has_cap = config.model.output_logit_soft_cap is not None
+    of_teacher = 0.0
+    if config.distillation is not None:
+        if config.distillation.logits.weight > 0:
+            return (9 if has_cap else 8) * FLOAT32 * per_token
+        of_teacher = FLOAT32 * per_token
+    if has_cap:
+        return of_teacher + 3 * FLOAT32 * per_token
+    return of_teacher + per_token * (FLOAT32 if element == FLOAT32 else FLOAT32 + element)
 
 
 def peak(stage: Stage) -> Peak:
@@ -136,6 +150,7 @@ def lasting_bytes(stage: Stage) -> dict[str, int]:
         "optimizer_moments": 2 * FLOAT32 * (partition if zero else parameters),
         "partition_copy": FLOAT32 * partition if zero in (1, 2) else 0,
         "communication_buffers": buffers,
+        "teacher": FLOAT32 * stage.teacher.parameters(parallel.tensor) if stage.teacher else 0,
         "carried_states": 2 * stage.rows * carried,
     }
 
@@ -155,6 +170,9 @@ def moments(stage: Stage) -> Iterator[Moment]:
     passes = [(flight, zero < 2)]
     if stage.micro_batches > 1:
         passes.append((min(flight, stage.micro_batches - 1), False))
+    if stage.teacher is not None:
+        gradients = 0 if stage.micro_batches == 1 and zero < 2 else all_gradients
+        yield _teaching(stage, stage.teacher)._replace(gradients=gradients, gathered_weights=gathered)
     for in_flight, is_first in passes:
         # Of the micro-batches that wait for their backward pass.
         others, states = (in_flight - 1) * every.kept, (in_flight - 1) * every.states
@@ -180,6 +198,16 @@ def moments(stage: Stage) -> Iterator[Moment]:
             yield Moment(
                 "backward", "the embedding's backward pass", all_gradients, gathered, others, 0, states, working
             )
+
+
+def _teaching(stage: Stage, teacher: TeacherCost) -> Moment:
+    """The teacher's forward pass, before the student's."""
+    config, tokens = stage.config, stage.tokens
+    element = BYTES_PER_ELEMENT[config.train.precision]
+    copies = FLOAT32 if element == FLOAT32 else FLOAT32 + element
+    logits = tokens * copies * config.model.vocab_size / config.parallel.tensor
+    working = teacher.forward_bytes(config, tokens)
+    return Moment("teacher", "the teacher's forward pass", 0, logits=logits, working=working)
 
 
 class _Kept:
@@ -208,6 +236,10 @@ def _head(stage: Stage, every: _Kept) -> Iterator[Moment]:
     size = config.model.embedding_size
     norm = tokens * size * (FLOAT32 + element) / (parallel.tensor if parallel.sequence else 1)
     kept = every.kept + norm
+    if stage.teacher is not None:
+        # Outputs of the teacher's layers, the student's as far as its norms do not keep them, and their differences.
+        outputs = stage.teacher.outputs(tokens)
+        kept += outputs + (0 if element == FLOAT32 else outputs) + outputs * FLOAT32 / element
     yield Moment("loss", "the loss", 0, 0, kept, tokens * logit_bytes(config), every.states)
     # The gradients of logits and of the weight, in both precisions.
     logits = tokens * element * config.model.vocab_size / parallel.tensor

@@ -26,8 +26,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_context(plan.context))
     if plan.uncounted_teacher is not None:
         console.print(
-            f"Not counted: the teacher {plan.uncounted_teacher}. Its forward pass, 4 bytes of each of its weights "
-            f"whatever ZeRO's stage, and two tensors of logits come on top."
+            f"Not counted: the teacher {plan.uncounted_teacher}, for its checkpoint is not there. Its forward pass, "
+            f"and 4 bytes of each of its weights whatever ZeRO's stage, come on top."
         )
     if plan.gpu is not None and plan.speed is not None:
         gpu = plan.gpu

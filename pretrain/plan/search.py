@@ -19,6 +19,7 @@ from pretrain.plan.memory import BlockCost, Stage, layer_costs, pipeline_stages
 from pretrain.plan.numbers import format_bytes
 from pretrain.plan.peak import heaviest
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, StepSeconds, busiest
+from pretrain.plan.teacher import read_teacher
 
 ZERO = (0, 1, 2, 3)
 
@@ -93,7 +94,7 @@ class Search:
         layouts: that were looked at; each fits or is counted in a refusal.
         fitting: the fastest first.
         refusals: the most frequent first.
-        uncounted_teacher: the checkpoint of a teacher, of which nothing here is counted; None where there is none.
+        uncounted_teacher: as :class:`pretrain.plan.estimate.Plan` has it.
     """
 
     gpu: str
@@ -153,7 +154,7 @@ def search(config: Config, world_size: int, gpu: str, utilization: float = MODEL
         for (zero, recompute), (least, count) in sorted(seeking.too_large.items())
     ]
     refusals.sort(key=lambda refusal: -refusal.layouts)
-    teacher = None if config.distillation is None else config.distillation.teacher
+    teacher = config.distillation.teacher if config.distillation and seeking.teacher is None else None
     return Search(key, world_size, usable_bytes(found), utilization, seeking.layouts, fitting, refusals, teacher)
 
 
@@ -201,6 +202,7 @@ class _Seeking:
         self.config, self.world_size, self.gpu, self.utilization = config, world_size, gpu, utilization
         self.usable = usable_bytes(gpu)
         self.useful_flops = model_flops_per_token(config)
+        self.teacher = read_teacher(config)
         self.layouts = 0
         self.fitting: list[Candidate] = []
         # By its words without numbers: an example, and how many there are.
@@ -232,7 +234,7 @@ class _Seeking:
             if problem:
                 self._refuse(problem, count)
                 continue
-            stages = stages or _distinct(pipeline_stages(config, self._layer_costs(config), data))
+            stages = stages or _distinct(pipeline_stages(config, self._layer_costs(config), data, self.teacher))
             self._try_sizes(config, stages, first, sizes)
 
     def _try_sizes(self, config: Config, stages: list[Stage], first: Layout, sizes: list[int]) -> None:

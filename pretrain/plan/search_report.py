@@ -42,7 +42,10 @@ def print_search(search: Search, console: Console) -> None:
             f"layouts that cut the model alike the fastest stands here."
         )
     if search.uncounted_teacher is not None:
-        console.print(f"Not counted: the teacher {search.uncounted_teacher}, whose weights and work come on top.")
+        console.print(
+            f"Not counted: the teacher {search.uncounted_teacher}, for its checkpoint is not there; its weights and "
+            f"work come on top."
+        )
     console.print(_refusals(search))
 
 

@@ -110,7 +110,10 @@ def _loss_without(path: Path, layer: int | None, samples: int) -> BatchLoss:
     return evaluate_held_out(decoder, decoder, data.held_out, samples, 2, loaded.topology).whole
 
 
-def test_a_plan_says_that_the_teacher_is_not_counted() -> None:
+def test_a_plan_says_that_a_teacher_is_not_counted_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "runs/distill_tiny.yaml")
     assert plan(config).uncounted_teacher == "runs/attention_tiny"
     result = CliRunner().invoke(app, ["plan", str(CONFIGS / "runs/distill_tiny.yaml")])
