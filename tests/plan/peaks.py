@@ -97,9 +97,10 @@ class Held(TorchDispatchMode):
 
 
 def tensors_alive() -> list[Tensor]:
-    """Every tensor of this process that Python knows."""
+    """Every tensor of this process that Python knows and that has memory."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in found if not tensor.is_meta]
 
 
 def step_with_words(config: Config, topology: Topology, engine: Engine, step: int) -> None:

@@ -57,15 +57,24 @@ SEGMENTS = {
 
 
 @pytest.mark.parametrize(
-    ("mixers", "recompute"), [("exchanged", "none"), ("exchanged", "block"), ("waited_for", "none")]
+    ("mixers", "parallel", "recompute"),
+    [
+        ("exchanged", {"context": 2}, "none"),
+        ("exchanged", {"context": 2}, "block"),
+        ("waited_for", {"context": 2}, "none"),
+        ("exchanged", {"zero": 1}, "none"),
+        ("exchanged", {"zero": 3}, "block"),
+    ],
 )
-def test_ranks_with_segments_hold_within_a_tenth(mixers: str, recompute: str, worker_pools) -> None:
+def test_two_ranks_hold_within_a_tenth(
+    mixers: str, parallel: dict[str, int], recompute: str, worker_pools: Any
+) -> None:
     blocks: dict[str, Any] = {mixer["type"]: {"mixer": mixer, "channel": SWIGLU} for mixer in SEGMENTS[mixers]}
     overrides = {
         "model": {"hidden_size": 64, "num_layers": 2, "layers": list(blocks), "blocks": blocks, "norm": "layer"},
-        "parallel": {"zero": 0, "context": 2},
+        "parallel": {"zero": 0} | parallel,
         "data": {"sequence_length": 256},
-        "train": {"global_batch_size": 1, "micro_batch_size": 1, "recompute": recompute},
+        "train": {"global_batch_size": 2, "micro_batch_size": 1, "recompute": recompute},
     }
     overrides["model"]["vocab_size"] = 264
     found = worker_pools(2).run("tests.plan.programs", "held_and_planned", overrides=overrides)
