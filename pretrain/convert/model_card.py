@@ -126,7 +126,9 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _model(form: NativeForm | CustomForm, config: Config, dtype: str, parameters: int, training: Training) -> str:
-    model, active = config.model, plan(config).active_parameters
+    # Of the model alone: a teacher that is gone or damaged does not matter here.
+    alone = config.model_copy(update={"distillation": None})
+    model, active = config.model, plan(alone).active_parameters
     layers = Counter(_block_text(model, layer) for layer in range(model.num_layers))
     lengths = sorted({length for _, length in config.sequence_lengths()})
     loaded = form.loaded_dtype(dtype)
