@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -37,13 +38,13 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def whole_directory(output: Path) -> Iterator[Path]:
     """A directory beside ``output`` to write in, renamed to it at the end; removed where anything was raised.
 
-    What it then holds is on the disk. What a process that was killed left there is removed too: a directory is locked
-    while it is written in, and the lock ends with its process.
+    What it then holds is on the disk. What a process of this host that was killed left there is removed too: a
+    directory is locked while it is written in, and the lock ends with its process.
 
     Raises:
         InputError: the place cannot be written to, or has no room left.
     """
-    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+    unfinished = output.with_name(f"{_beginning_of_names(output)}{_host()}-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_what_the_dead_left(output)
@@ -69,26 +70,60 @@ def whole_directory(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _beginning_of_names(output: Path) -> str:
+    """Of the directories beside ``output`` that are written in; the host and the number of the process follow."""
+    return f".{output.name}.unfinished-"
+
+
+def _host() -> str:
+    return platform.node().replace(os.sep, "_") or "unknown"
+
+
 def _remove_what_the_dead_left(output: Path) -> None:
-    own_names = re.compile(rf"\.{re.escape(output.name)}\.unfinished-[0-9]+")
-    for entry in output.parent.iterdir():
-        if not own_names.fullmatch(entry.name) or entry.is_symlink() or not entry.is_dir():
+    """Removes the unfinished directories of processes that ended on this host, and says so, a line for each.
+
+    Of another host's nothing is known: not every file system shares its locks.
+    """
+    names = re.compile(rf"{re.escape(_beginning_of_names(output))}(?P<host>.+)-(?P<process>[0-9]+)")
+    for entry in sorted(output.parent.iterdir()):
+        match = names.fullmatch(entry.name)
+        if match is None or entry.is_symlink() or not entry.is_dir():
+            continue
+        if match["host"] != _host():
+            logger.warning("%s is left alone: it may be written in on %s; else delete it", entry, match["host"])
             continue
         descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            if _is_locked_now(descriptor):
+            locked = _is_locked_now(descriptor)
+            if locked or (locked is None and not _is_alive(int(match["process"]))):
                 shutil.rmtree(entry)
                 logger.warning("removed %s, left by a process that did not finish", entry)
         finally:
             os.close(descriptor)
 
 
-def _is_locked_now(descriptor: int) -> bool:
-    """Locks a directory; false where another process has it, or where the file system knows no locks."""
+def _is_locked_now(descriptor: int) -> bool | None:
+    """Locks a directory; False where another process has it, None where the file system cannot lock directories."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_alive(process: int) -> bool:
+    """Whether there is another process of this number on this host."""
+    if process == os.getpid():
+        # What has this number was left by an earlier process that had it.
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
     return True
 
 
