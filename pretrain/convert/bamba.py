@@ -43,7 +43,7 @@ BAMBA = NativeClass(
     defaults={"mamba_n_heads": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "time_step_limit": ANY_TIME_STEP},
     counts_by_attention=True,
     modernised=_modernised,
-    former=frozenset({"partial_rotary_factor", "rope_scaling", "rope_theta"}),
+    former=frozenset({"head_dim", "partial_rotary_factor", "rope_scaling", "rope_theta"}),
     # The first is read as the type of each layer, the second of a loss that is not ours to add.
     unread=frozenset({"attn_layer_indices", "z_loss_coefficient", "num_logits_to_keep"}),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,14 +110,27 @@ class ClassConfiguration:
         if problem is not None:
             raise InputError(f"{self.path}: {problem}")
         theirs, ours = self.fields, _fields(_build(self.path, self.native, self.native.config_fields(model)))
-        rounding = self.native.rounding
+        rounding, folded = self.native.rounding, sorted(self.native.folded)
         differing = _differing(self.native, theirs, ours)
         problems = [self._sentence(key, theirs.get(key), ours.get(key)) for key in differing if key not in rounding]
         if problems:
             raise InputError(f"{self.path}: {'; '.join(problems)}")
-        return tuple(
+        notes = [f"{key}={_shown(theirs[key])} was multiplied into the weights" for key in folded if theirs[key] != 1]
+        notes += [
             f"{key}={_shown(theirs.get(key))}: here {rounding[key]}, which is the same in float32" for key in differing
-        )
+        ]
+        return tuple(notes)
+
+    def factors(self, model: ModelConfig, parameters: Collection[str]) -> dict[str, float]:
+        """By what an import multiplies each of our parameters, beyond what the class itself says of its tensors.
+
+        Raises:
+            InputError: a multiplier is no number above 0.
+        """
+        try:
+            return self.native.multipliers(self.fields).factors(model, parameters)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
 
     def _sentence(self, key: str, theirs: Any, ours: Any) -> str:
         cure = f" ({self.native.cures[key]})" if key in self.native.cures else ""
@@ -131,13 +144,14 @@ class ClassConfiguration:
         else:
             types = list(self.config.layers_block_type)
         names = []
+        layers = native.layers if native.layers_of is None else native.layers_of(self.fields)
         for layer, kind in enumerate(types):
-            if kind not in native.layers:
-                known = ", ".join(str(known) for known in native.layers)
+            if kind not in layers:
+                known = ", ".join(str(known) for known in layers)
                 raise InputError(
                     f"{self.path}: layer {layer} is of type {kind!r}, where one of {known} can be imported"
                 )
-            names.append((next(name for name in native.layers[kind] if name), native.layers[kind]))
+            names.append((next(name for name in layers[kind] if name), layers[kind]))
         if not names:
             raise InputError(f"{self.path}: the model has no layers")
         return names
@@ -179,7 +193,12 @@ def read_class_configuration(directory: Path, num_tensors: int) -> ClassConfigur
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     # Names that the class does not know would become attributes that nothing reads.
-    passed = {key: value for key, value in modern.items() if key in class_fields or key in native.former}
+    passed = {
+        key: value
+        for key, value in modern.items()
+        # A former name that is null says no more than one that is not there, but not every class looks.
+        if key in class_fields or (key in native.former and value is not None)
+    }
     config = _build(path, native, passed)
     layers, named = raw.get("num_hidden_layers"), getattr(config, "layers_block_type", None)
     if layers is not None and named is not None and len(named) != layers:
@@ -242,7 +261,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _differing(native: NativeClass, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Keys that are not the same on both sides, of those that say what is computed."""
-    keys = sorted((theirs.keys() | ours.keys()) - native.unread - _FREE)
+    keys = sorted((theirs.keys() | ours.keys()) - native.unread - native.folded - _FREE)
     return [key for key in keys if not _same(key, theirs.get(key), ours.get(key))]
 
 

@@ -137,7 +137,8 @@ def import_model(
 
     alone = for_one_process(config, str(there.path))
     check_size(plan(alone).parameters, files, there.path)
-    weights = IncomingWeights(there.native, config.model, parameter_shapes(alone), files)
+    shapes = parameter_shapes(alone)
+    weights = IncomingWeights(there.native, config.model, shapes, files, there.factors(config.model, shapes))
     origin = {"architecture": there.native.architecture, "directory": str(directory.resolve())}
     comparison = None
     with whole_directory(output) as unfinished:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pretrain.checkpoint.shards import TensorPiece
 from pretrain.config.schema import ModelConfig
@@ -28,16 +29,24 @@ class IncomingWeights:
         pieces: tensor there -> our parameters that it is made of, in order.
     """
 
-    def __init__(self, native: NativeClass, model: ModelConfig, shapes: Mapping[str, Shape], files: WeightFiles):
+    def __init__(
+        self,
+        native: NativeClass,
+        model: ModelConfig,
+        shapes: Mapping[str, Shape],
+        files: WeightFiles,
+        factors: Mapping[str, float],
+    ):
         """Compares what the files hold with what the model needs; reads headers alone, but of a tied head.
 
         Args:
             shapes: of our parameters, by global name.
+            factors: parameter -> by what it is multiplied beside what the class says; others by nothing.
 
         Raises:
             InputError: naming every tensor that is missing, too many, of another shape or of another dtype.
         """
-        self.shapes, self.files = shapes, files
+        self.shapes, self.files, self.factors = shapes, files, factors
         self.pieces = pieces_of_tensors(native.places(model), shapes)
         expected = {tensor: shape_of_pieces(pieces, shapes) for tensor, pieces in self.pieces.items()}
         stored = files.tensors
@@ -64,12 +73,19 @@ class IncomingWeights:
             offset = 0
             for name, piece in pieces.items():
                 length = self.shapes[name][0]
-                whole = len(pieces) == 1
-                part = self.files.read(tensor) if whole else self.files.read(tensor, offset, length)
+                part = self._rows(tensor, offset, length, piece.stack) if len(pieces) > 1 else self.files.read(tensor)
                 if piece.unsqueeze is not None:
                     part = part.squeeze(piece.unsqueeze)
                 offset += length
-                yield TensorPiece(name, "weight", part, self.shapes[name])
+                factor = self.factors.get(name, 1.0) / piece.scale
+                yield TensorPiece(name, "weight", part if factor == 1 else part * factor, self.shapes[name])
+
+    def _rows(self, tensor: str, offset: int, length: int, stack: int | None) -> Tensor:
+        """Rows of a stored tensor; where it is a stack of groups, of all groups one after the other."""
+        if stack is None:
+            return self.files.read(tensor, offset, length)
+        group, row = divmod(offset, self.files.tensors[tensor].shape[1])
+        return self.files.read(tensor, group, 1)[0, row : row + length].contiguous()
 
     def _same(self, name: str, other: str) -> bool:
         """Whether two stored tensors are equal, compared some rows at a time."""

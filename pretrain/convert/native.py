@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.convert.multipliers import Multipliers
 from pretrain.errors import InputError
-from pretrain.models.hugging_face import Piece, pieces_of_tensors
+from pretrain.models.hugging_face import Piece, pieces_of_tensors, places_within
 from pretrain.models.registry import MixerConfig, family_of
 
 PARTS = ("mixer", "channel")
+
+# What each layer type of a class is with us: names of a mixer and of a channel mixer.
+LayerTypes = Mapping[str | None, tuple[str | None, str | None]]
 
 # Outside of its mixers, what Llama calls its parameters, and classes that follow it.
 LLAMA_NAMES = {
@@ -49,6 +53,7 @@ class NativeClass:
         norm_epsilon: the field of the norms' epsilon.
         layers: what each of its layer types is with us: names of a mixer and of a channel mixer, None where there is
             none; None is the type of a class that has only one.
+        layers_of: fields -> the same, of a class whose fields decide it; None: it is ``layers`` always.
         fields: model, type of each layer by the mixers' ``LAYER_TYPES`` -> fields that mixers cannot know.
         defaults: fields that matter only where a layer sets them, in values that any model goes with.
         ties_embeddings: whether it can tie the head's weight to the embedding's.
@@ -60,9 +65,11 @@ class NativeClass:
         counts_by_attention: its cache counts tokens in an attention layer and fails where there is none
             (transformers 5.23), also without ``generate``.
         model_keys: fields -> further keys of our model section.
+        multipliers: fields -> what the class multiplies by and our layers do not, which imports multiply into weights.
+        folded: the fields that those are read from.
         modernised: a configuration file's fields -> those that the class of today reads, with the kernels that it has
             everywhere.
-        former: names that only files of earlier versions have, and that the class itself reads as today's.
+        former: names that the class itself reads though it has no such field: most are of earlier versions' files.
         cures: fields that ours has in one value only -> what to do about another.
         unread: fields that change nothing of what the class computes: starts of fresh weights, layers that it then
             does not have, names that it has never read or reads no more.
@@ -75,8 +82,9 @@ class NativeClass:
     names: Mapping[str, str]
     parts: tuple[tuple[bool, bool], ...]
     norm_epsilon: str
-    layers: Mapping[str | None, tuple[str | None, str | None]]
+    layers: LayerTypes
     fields: Callable[[ModelConfig, list[str | None]], dict[str, Any]]
+    layers_of: Callable[[Mapping[str, Any]], LayerTypes] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ties_embeddings: bool = True
     caps_logits: bool = False
@@ -85,6 +93,8 @@ class NativeClass:
     caches_state: Callable[[Mapping[str, Any]], bool] = _always
     counts_by_attention: bool = False
     model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
+    multipliers: Callable[[Mapping[str, Any]], Multipliers] = Multipliers.none
+    folded: frozenset[str] = frozenset()
     modernised: Callable[[dict[str, Any]], dict[str, Any]] = dict
     former: frozenset[str] = frozenset()
     cures: Mapping[str, str] = field(default_factory=dict)
@@ -177,7 +187,7 @@ class NativeClass:
             block = model.block(layer)
             for part, config in parts_of(block):
                 places[f"{ours}.{part}_norm.weight"] = f"{theirs}.{norms[f'{part}_norm.weight']}"
-                for name, place in family_of(config).hugging_face.KEYS[self.model_type].items():
+                for name, place in places_within(family_of(config).hugging_face, self.model_type, config).items():
                     places[f"{ours}.{part}.{name}"] = _within(theirs, place)
         return places
 
@@ -190,7 +200,7 @@ class NativeClass:
 def _within(prefix: str, place: str | Piece) -> str | Piece:
     if isinstance(place, str):
         return f"{prefix}.{place}"
-    return Piece(f"{prefix}.{place.name}", place.order, place.unsqueeze)
+    return replace(place, name=f"{prefix}.{place.name}")
 
 
 def assemble(parameters: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> Tensor:
@@ -199,7 +209,10 @@ def assemble(parameters: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> T
         parameters[name] if piece.unsqueeze is None else parameters[name].unsqueeze(piece.unsqueeze)
         for name, piece in pieces.items()
     ]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    scaled = [tensor * piece.scale for tensor, piece in zip(tensors, pieces.values(), strict=True)]
+    whole = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+    stack = next(iter(pieces.values())).stack
+    return whole if stack is None else whole.unflatten(0, (stack, -1))
 
 
 def parts_of(block: BlockConfig) -> list[tuple[str, MixerConfig]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -100,7 +101,16 @@ class OutgoingWeights:
 
     def rounded(self, name: str, parameter: Tensor) -> Tensor:
         """One of our parameters, float32, with the values that the files hold."""
-        return parameter if name in self.float32 else parameter.to(self.dtype).float()
+        if name in self.float32:
+            return parameter
+        scale = self._scales.get(name, 1.0)
+        return (parameter * scale).to(self.dtype).float() / scale
+
+    @functools.cached_property
+    def _scales(self) -> dict[str, float]:
+        """By what parameters are multiplied in the files, where they are."""
+        placed = (place for pieces in self.pieces.values() for place in pieces.items())
+        return {name: piece.scale for name, piece in placed if piece.scale != 1}
 
     def _empty(self, pieces: Mapping[str, Piece]) -> Tensor:
         dtype = torch.float32 if pieces.keys() <= self.float32 else self.dtype
@@ -111,12 +121,12 @@ class OutgoingWeights:
         begin = 0
         for name, piece in pieces.items():
             rows = self.shapes[name][0]
-            target = tensor[begin : begin + rows]
+            target = (tensor if piece.stack is None else tensor.flatten(0, 1))[begin : begin + rows]
             if piece.unsqueeze is not None:
                 target = target.squeeze(piece.unsqueeze)
             for offset, length in self._slices(name):
                 part = self.reader.read(name, dimension=0, offset=offset, length=length)
-                target[offset : offset + length].copy_(part)
+                target[offset : offset + length].copy_(part if piece.scale == 1 else part * piece.scale)
             begin += rows
         return tensor
 

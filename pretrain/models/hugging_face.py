@@ -2,7 +2,10 @@
 
 * ``KEYS``: ``model_type`` of each native ``transformers`` class that has this layer -> our parameter names within
   the mixer -> where each goes within a block of that class: a name, or a :class:`Piece` of a tensor there. A
-  parameter that only some configurations have is named too.
+  parameter that only some configurations have is named too. Where the places depend on the configuration: a function
+  of it that gives all this.
+* ``OUTPUTS``: patterns (:mod:`fnmatch`) of the parameters within the mixer that its output is proportional to, all of
+  them together; only of mixers that a class has whose blocks scale what they add.
 * ``FIELDS``: the same classes -> a function of ``(config, hidden_size)`` that gives the class's configuration fields,
   or raises :class:`pretrain.errors.InputError` where the class has no such layer.
 * ``SECTIONS``: the same classes -> the way back: a function of the class's configuration fields that gives this mixer's
@@ -18,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 # ``time_step_limit`` of the classes that have Mamba-2: no limit. Their own default holds an infinity, which JSON lacks.
@@ -34,11 +38,28 @@ class Piece:
         name: of the tensor.
         order: place among its pieces, which follow each other along dimension 0.
         unsqueeze: a dimension of length 1 that the tensor has and our parameter lacks.
+        stack: the tensor's pieces, one after the other, are so many groups of equal length, which follow each other
+            along a dimension in front; None: there is no such dimension.
+        scale: by which our parameter is multiplied there.
     """
 
     name: str
     order: int = 0
     unsqueeze: int | None = None
+    stack: int | None = None
+    scale: float = 1.0
+
+
+def places_within(form: ModuleType, model_type: str, config: Any) -> Mapping[str, str | Piece]:
+    """Entry of a mixer's ``KEYS``.
+
+    Args:
+        form: its ``hf.py``.
+        model_type: of a class that has the mixer.
+        config: of the mixer.
+    """
+    places = form.KEYS[model_type]
+    return places(config) if callable(places) else places
 
 
 def pieces_of_tensors(places: Mapping[str, str | Piece], parameters: Iterable[str]) -> dict[str, dict[str, Piece]]:
@@ -73,7 +94,8 @@ def shape_of_pieces(pieces: Mapping[str, Piece], shapes: Mapping[str, tuple[int,
     shape = list(shapes[first])
     if piece.unsqueeze is not None:
         shape.insert(piece.unsqueeze, 1)
-    return (sum(shapes[name][0] for name in pieces), *shape[1:])
+    rows = sum(shapes[name][0] for name in pieces)
+    return (rows, *shape[1:]) if piece.stack is None else (piece.stack, rows // piece.stack, *shape[1:])
 
 
 def renamed_section(kind: str, names: Mapping[str, str], **fixed: Any) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pretrain.convert.native import assemble
 from pretrain.errors import InputError
-from pretrain.models.hugging_face import pieces_of_tensors
+from pretrain.models.hugging_face import pieces_of_tensors, places_within
 from pretrain.models.mixer import SequenceMixer, State
 from pretrain.models.parameters import initialise_weights
 from tests.conformance.cases import Case
@@ -193,7 +194,11 @@ def hugging_face_names(case: Case) -> None:
     parameters = dict(build(case).named_parameters())
     others = [replace(case, config=config) for config in family.config.examples(case.hidden_size)]
     known = set(parameters).union(*(dict(build(other).named_parameters()) for other in others))
-    for model_type, places in form.KEYS.items():
+    outputs = getattr(form, "OUTPUTS", ())
+    unmatched = [pattern for pattern in outputs if not fnmatch.filter(known, pattern)]
+    assert not unmatched, f"OUTPUTS match no parameter of any example: {unmatched}"
+    for model_type in form.KEYS:
+        places = places_within(form, model_type, case.config)
         assert set(places) <= known, f"{model_type}: no example has {sorted(set(places) - known)}"
         try:
             fields = form.FIELDS[model_type](case.config, case.hidden_size)

@@ -39,6 +39,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GRANITE = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_intermediate_size": 48,
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+    "rope_parameters": ROPE,
+    "attention_multiplier": 0.2,
+}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24}
+MULTIPLIERS = {"embedding_multiplier": 5, "residual_multiplier": 0.7, "logits_scaling": 0.3}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlstm": (
         "xlstm",
@@ -69,16 +80,21 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         ATTENTION
         | MAMBA
+        | GRANITE
         | {
             "num_hidden_layers": 4,
             "layer_types": ["linear_attention", "full_attention"] * 2,
-            "shared_intermediate_size": 48,
-            "num_local_experts": 0,
-            "position_embedding_type": "rope",
-            "rope_parameters": ROPE,
-            "attention_multiplier": 0.2,
             "tie_word_embeddings": True,
         },
+    ),
+    "granite, experts": ("granitemoehybrid", ATTENTION | MAMBA | GRANITE | EXPERTS),
+    "granite, multipliers": (
+        "granitemoehybrid",
+        ATTENTION | MAMBA | GRANITE | {"attention_bias": True, "position_embedding_type": None} | MULTIPLIERS,
+    ),
+    "granite, experts and multipliers": (
+        "granitemoehybrid",
+        ATTENTION | MAMBA | GRANITE | EXPERTS | MULTIPLIERS | {"tie_word_embeddings": True},
     ),
     "llama": ("llama", ATTENTION | DENSE | {"head_dim": 12, "tie_word_embeddings": True}),
     "llama, biases": ("llama", ATTENTION | DENSE | {"attention_bias": True}),

@@ -76,12 +76,51 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "biases": ("xlstm", lambda d: change_config(d, use_bias=True), "use_bias is true, where only false"),
     "fused weights": ("xlstm", lambda d: change_config(d, weight_mode="fused"), 'weight_mode is "fused"'),
     "two widths": ("xlstm", lambda d: change_config(d, embedding_dim=16), "embedding_dim is 16, where only 32"),
-    "multiplier": (
+    "no multiplier": (
         "granite",
-        lambda d: change_config(d, embedding_multiplier=12.0, logits_scaling=8.0),
-        "embedding_multiplier is 12.0, where only 1.0 .*; logits_scaling is 8.0, where only 1.0",
+        lambda d: change_config(d, embedding_multiplier=0),
+        "config.json: embedding_multiplier is 0, where a number above 0 is expected",
     ),
-    "experts": ("granite", lambda d: change_config(d, num_local_experts=4), "num_local_experts is 4, where only 0"),
+    "endless multiplier": (
+        "granite",
+        lambda d: change_config(d, residual_multiplier=float("inf")),
+        "residual_multiplier is inf, where a number above 0",
+    ),
+    "multiplier that is null": (
+        "granite",
+        lambda d: change_config(d, logits_scaling=None),
+        "logits_scaling is None, where a number above 0",
+    ),
+    "another norm": (
+        "granite",
+        lambda d: change_config(d, normalization_function="layernorm"),
+        "normalization_function is 'layernorm', where the class has rmsnorm",
+    ),
+    "experts that are not there": (
+        "granite",
+        lambda d: change_config(d, num_local_experts=4, num_experts_per_tok=2, intermediate_size=8),
+        r"missing: model.layers.0.block_sparse_moe.input_linear.weight, \[4, 16, 32\]",
+    ),
+    "one expert": (
+        "granite, experts",
+        lambda d: change_config(d, num_local_experts=1),
+        "num_local_experts is 1, where with experts at least 2 can be imported",
+    ),
+    "one expert for a token": (
+        "granite, experts",
+        lambda d: change_config(d, num_experts_per_tok=1),
+        "num_experts_per_tok is 1, where with experts at least 2 can be imported",
+    ),
+    "more experts for a token than there are": (
+        "granite, experts",
+        lambda d: change_config(d, num_experts_per_tok=6),
+        "experts_per_token=6 is more than num_experts=5",
+    ),
+    "experts without number": (
+        "granite, experts",
+        lambda d: change_config(d, num_local_experts=None),
+        "num_local_experts is null, where only 0",
+    ),
     "scaled positions": (
         "bamba",
         lambda d: change_config(

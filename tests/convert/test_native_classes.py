@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.tokenizers.byte_level import ByteTokenizer
-from pretrain.convert import export_model
+from pretrain.convert import export_model, import_model
 from pretrain.convert.huggingface import choose_form
 from pretrain.errors import InputError
 from pretrain.generate import generate
 from pretrain.models.decoder import Decoder
+from pretrain.models.loading import load_decoder
 from pretrain.models.registry import family_of
 from tests.configurations import tiny_config
 from tests.convert.checkpoints import model_section, random_tokens, write_run
@@ -24,6 +25,14 @@ ATTENTION = {"type": "attention", "num_heads": 4, "num_key_value_heads": 2, "rot
 HALF = {"rotary_fraction": 0.5, "rotary_base": 5000.0}
 FULL = {"rotary_fraction": 1.0, "rotary_base": 5000.0}
 RELU_SQUARED = {"type": "mlp", "activation": "relu_squared", "round_up_to": 16}
+EXPERTS = {
+    "type": "moe",
+    "router": "linear",
+    "num_experts": 4,
+    "intermediate_size": 24,
+    "shared_expert_size": 32,
+    "shared_expert_share": 0.3,
+}
 SWIGLU = {"type": "swiglu", "round_up_to": 16}
 
 
@@ -72,6 +81,10 @@ MODELS = {
     "granite without positions, tied": (
         "GraniteMoeHybridForCausalLM",
         mix((ATTENTION, SWIGLU), (MAMBA2, SWIGLU), tie_embeddings=True),
+    ),
+    "granite, experts": (
+        "GraniteMoeHybridForCausalLM",
+        mix((MAMBA2, EXPERTS), (ATTENTION | FULL | {"softmax_scale": 0.3}, EXPERTS)),
     ),
     "granite, attention alone": (
         "GraniteMoeHybridForCausalLM",
@@ -164,6 +177,14 @@ def test_packed_documents_are_not_kept_apart(exported: tuple[Path, Decoder]) -> 
     assert (packed - model(tokens[:, 12:]).logits[0]).abs().max() > 1e-3
 
 
+def test_it_is_imported_again(exported: tuple[Path, Decoder], base: Path, tmp_path: Path) -> None:
+    directory, decoder = exported
+    import_model(directory, tmp_path / "imported", base=base, check=False)
+    again = load_decoder(tmp_path / "imported").decoder
+    tokens = random_tokens(1, 30)
+    torch.testing.assert_close(again.logits(tokens)[0], decoder.logits(tokens)[0], atol=1e-5, rtol=0)
+
+
 def test_it_trains(exported: tuple[Path, Decoder]) -> None:
     model, tokens = AutoModelForCausalLM.from_pretrained(exported[0]).train(), random_tokens(2, 40)
     tokens[0, 3] = 256
@@ -201,6 +222,13 @@ def test_it_trains(exported: tuple[Path, Decoder]) -> None:
             {"Llama": "rotary positions in all of each head", "Qwen3": "in all of each", "Bamba": "no norm of queries"},
         ),
         (mix((None, RELU_SQUARED | {"gated": True})), {"NemotronH": "no gated"}),
+        (
+            mix((ATTENTION, EXPERTS | {"router": "recurrent"})),
+            {"GraniteMoeHybrid": "no recurrent router", "Bamba": r"layer 0 \(mixer attention, channel moe\)"},
+        ),
+        (mix((ATTENTION, EXPERTS | {"shared_expert_size": None})), {"GraniteMoeHybrid": "without a shared one"}),
+        (mix((ATTENTION, EXPERTS | {"experts_per_token": 1})), {"GraniteMoeHybrid": "the only expert of a token"}),
+        (mix((ATTENTION, EXPERTS), (MAMBA2, SWIGLU)), {"GraniteMoeHybrid": "one .* for the whole model"}),
     ],
 )
 def test_what_a_class_has_not_is_named(model: dict, problems: dict[str, str]) -> None:

@@ -111,6 +111,26 @@ GRANITE_4_H_350M: dict[str, Any] = {
     "vocab_size": 100352,
 }
 
+# ibm-granite/granite-4.0-h-tiny.
+GRANITE_4_H_TINY: dict[str, Any] = GRANITE_4_H_350M | {
+    "attention_multiplier": 0.0078125,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 512,
+    "layer_types": ["attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)],
+    "logits_scaling": 6,
+    "mamba_d_head": 64,
+    "normalization_function": "rmsnorm",
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 40,
+    "num_local_experts": 64,
+    "output_router_logits": False,
+    "residual_multiplier": 0.22,
+    "rope_scaling": None,
+    "router_aux_loss_coef": 0.0,
+    "shared_intermediate_size": 1024,
+}
+
 
 def read(directory: Path, fields: dict[str, Any]) -> ClassConfiguration:
     (directory / "config.json").write_text(json.dumps(fields))
@@ -151,17 +171,19 @@ def test_other_models_of_seven_billion(tmp_path: Path, fields: dict[str, Any], p
     assert found == theirs.num_parameters() and parameters in (found, None)
 
 
-@pytest.mark.parametrize("experts", [{}, {"num_local_experts": 64, "num_experts_per_tok": 6}])
-def test_granite_4_is_refused_for_its_multipliers(tmp_path: Path, experts: dict[str, int]) -> None:
-    """They scale embeddings, residual branches and logits by constants that no layer of ours has."""
-    with pytest.raises(InputError) as error:
-        imported(tmp_path, GRANITE_4_H_350M | experts)
-    for problem in (
-        "embedding_multiplier is 12, where only 1.0 can be imported",
-        "residual_multiplier is 0.246, where only 1.0",
-        "logits_scaling is 3, where only 1.0",
-        *(["num_local_experts is 64, where only 0"] if experts else []),
-    ):
-        assert problem in str(error.value)
-    neutral = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
-    assert imported(tmp_path, GRANITE_4_H_350M | neutral).model.num_layers == 32
+def test_granite_4_with_its_multipliers(tmp_path: Path) -> None:
+    """Parameters are as many as the class has, also of 64 experts in 40 layers; multipliers go into them."""
+    for fields, layers in ((GRANITE_4_H_350M, 32), (GRANITE_4_H_TINY, 40)):
+        config = imported(tmp_path, fields)
+        there = read(tmp_path, fields)
+        with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(there.config)
+        assert plan(config).parameters == theirs.num_parameters()
+        assert config.model.num_layers == layers
+        names = ("embedding.weight", "output_norm.weight", "layers.0.mixer.output.weight", "layers.0.mixer.skip")
+        scaling, residual = fields["logits_scaling"], fields["residual_multiplier"]
+        assert there.factors(config.model, names) == {
+            "embedding.weight": 12,
+            "output_norm.weight": 1 / scaling / 12,
+            "layers.0.mixer.output.weight": residual,
+        }

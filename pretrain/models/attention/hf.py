@@ -39,6 +39,7 @@ KEYS = {
     "qwen2": _names("self_attn", bias=True, output_bias=False),
     "qwen3": _names("self_attn", bias=True, norms=True),
 }
+OUTPUTS = ("output.weight", "output_bias")
 LAYER_TYPES = dict.fromkeys(("nemotron_h", "bamba", "granitemoehybrid"), "full_attention")
 
 # Our keys -> fields that all classes have, and all but some.

@@ -34,6 +34,7 @@ KEYS = {
     "bamba": _names("mamba"),
     "granitemoehybrid": _names("mamba"),
 }
+OUTPUTS = ("output.weight",)
 LAYER_TYPES = dict.fromkeys(("nemotron_h", "bamba", "granitemoehybrid"), "linear_attention")
 
 

@@ -44,6 +44,7 @@ FIELDS = {
     **{model_type: _as_swiglu(fields) for model_type, fields in swiglu.FIELDS.items()},
 }
 LAYER_TYPES = {"nemotron_h": "mlp"}
+OUTPUTS = swiglu.OUTPUTS
 
 
 def _nemotron_section(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ KEYS = {
     },
     **dict.fromkeys(_DENSE, _DENSE_NAMES),
 }
+OUTPUTS = ("down.weight",)
 
 
 def xlstm_inner_size(hidden_size: int, factor: float, multiple: int) -> int:
@@ -70,7 +71,8 @@ def _intermediate_size(config: SwiGLUConfig, hidden_size: int) -> dict[str, obje
 def _granite_fields(config: SwiGLUConfig, hidden_size: int) -> dict[str, object]:
     inner = config.inner_size(hidden_size)
     # The second is of experts, of which there are none.
-    return {"shared_intermediate_size": inner, "intermediate_size": inner}
+    fields = {"shared_intermediate_size": inner, "intermediate_size": inner}
+    return fields | {"num_local_experts": 0, "num_experts_per_tok": 0}
 
 
 FIELDS = {
