@@ -15,10 +15,14 @@ import numpy as np
 import tokenizers
 
 from data.errors import DataError
+from data.tokenizers.library_failures import told, told_of_text
 from data.tokenizers.vocabulary import SPACE_STAND_IN, VocabularyTokenizer
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# No vocabulary has so many tokens; the library makes room for every id up to the largest, and ends the process where
+# there is none.
+_LARGEST_ID = 2**22 - 1
 # Raised whenever the same file gives other ids than before.
 _ENCODING_VERSION = 2
 
@@ -78,8 +82,8 @@ class HuggingFaceFileTokenizer(VocabularyTokenizer):
         if to_bytes is sentencepiece_bytes and description["model"].get("byte_fallback"):
             fallback = [vocabulary.get(f"<0x{byte:02X}>") for byte in SPACE_STAND_IN.encode()]
             self._stand_in_ids = None if None in fallback else np.array(fallback, dtype=np.uint32)
-        first = library.encode("a", add_special_tokens=False).ids
-        self._adds_leading_space = bool(first) and self._id_bytes[first[0]].startswith(b" ")
+        first = _encode_with(library, ["a"])[0]
+        self._adds_leading_space = len(first) > 0 and self._id_bytes[first[0]].startswith(b" ")
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         return _encode_with(self._library, texts)
@@ -100,7 +104,8 @@ class HuggingFaceFileTokenizer(VocabularyTokenizer):
 
 
 def _encode_with(library: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    encodings = library.encode_batch_fast(texts, add_special_tokens=False)
+    with told_of_text():
+        encodings = library.encode_batch_fast(texts, add_special_tokens=False)
     # numpy takes twice as long to read a list of numbers.
     return [np.frombuffer(array("I", encoding.ids), dtype=np.uint32) for encoding in encodings]
 
@@ -108,9 +113,15 @@ def _encode_with(library: tokenizers.Tokenizer, texts: list[str]) -> list[np.nda
 def open_library_tokenizer(path: str) -> tokenizers.Tokenizer:
     """The ``tokenizers`` library's object for a file, a directory or a hub name, whole texts in and out.
 
-    Raises ``DataError``: no such tokenizer, or a damaged file.
+    Raises ``DataError``: no such tokenizer, a damaged file, or one that the library could not work with.
     """
     library = _read_library_tokenizer(path)
+    largest = max(library.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest > _LARGEST_ID:
+        raise DataError(
+            f"the tokenizer {path} has the id {largest}, where at most {_LARGEST_ID} is expected; number its tokens"
+            " without gaps."
+        )
     # A saved file may ask for truncation or padding, which would lose or invent text.
     library.no_truncation()
     library.no_padding()
@@ -121,10 +132,8 @@ def _read_library_tokenizer(path: str) -> tokenizers.Tokenizer:
     local = Path(path).expanduser()
     file = local / "tokenizer.json" if local.is_dir() else local
     if file.is_file():
-        try:
+        with told(lambda reason: f"{file} is not a tokenizer.json ({reason}); save the tokenizer again."):
             return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file} is not a tokenizer.json ({error}); save the tokenizer again.") from error
     if local.is_dir():
         raise DataError(f"{file} does not exist; data.tokenizer.path must hold a tokenizer.json.")
     if local.suffix == ".json" or not _HUB_NAME.fullmatch(path):
@@ -132,13 +141,13 @@ def _read_library_tokenizer(path: str) -> tokenizers.Tokenizer:
             f"data.tokenizer.path {path} does not exist; give a tokenizer.json, a directory that holds one,"
             " or a model name on the Hugging Face hub."
         )
-    try:
-        return tokenizers.Tokenizer.from_pretrained(path)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
+    with told(
+        lambda reason: (
             f"data.tokenizer.path {path} is no local file, and the Hugging Face hub gave no tokenizer of that"
-            f" name ({error}); give the path of a tokenizer.json."
-        ) from error
+            f" name ({reason}); give the path of a tokenizer.json."
+        )
+    ):
+        return tokenizers.Tokenizer.from_pretrained(path)
 
 
 def _component_types(component: Any) -> Iterator[str]:

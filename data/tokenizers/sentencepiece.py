@@ -13,6 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from data.errors import DataError
 from data.tokenizers.base import tokenizing_threads
+from data.tokenizers.library_failures import told, told_of_text
 from data.tokenizers.vocabulary import SPACE_STAND_IN, VocabularyTokenizer
 
 # Raised whenever the same file gives other ids than before.
@@ -39,17 +40,18 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
             raise DataError(
                 f"data.tokenizer.path {file} cannot be read ({error.strerror}); give a .model file."
             ) from error
-        try:
+        with told(lambda reason: f"{file} is not a sentencepiece model ({reason}); give a .model file."):
             processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
             self.vocab_size = processor.get_piece_size()
-        except Exception as error:  # the library raises RuntimeError or its own types, by version
-            raise DataError(f"{file} is not a sentencepiece model ({error}); give a .model file.") from error
+            # Pieces that are no UTF-8 fail here, before anything is made of the others.
+            pieces = [processor.id_to_piece(index) for index in range(self.vocab_size)]
         if self.vocab_size == 0:
             raise DataError(f"{file} is not a sentencepiece model (no pieces); give a .model file.")
         boundary_id = processor.piece_to_id(boundary_token)
-        if processor.id_to_piece(boundary_id) != boundary_token:
+        # What the model lacks has the id of the unknown piece, which there need not be.
+        if not 0 <= boundary_id < self.vocab_size or pieces[boundary_id] != boundary_token:
             control_ids = filter(processor.is_control, range(self.vocab_size))
-            control = [processor.id_to_piece(index) for index in control_ids][:8]
+            control = [pieces[index] for index in control_ids][:8]
             raise DataError(
                 f"the sentencepiece model {file} has no piece {boundary_token!r};"
                 f" set data.tokenizer.boundary_token to one it has (its control pieces: {control or 'none'})."
@@ -68,8 +70,8 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
         if fallback:
             stand_in = [fallback[bytes([byte])] for byte in SPACE_STAND_IN.encode()]
             self._stand_in_ids = np.array(stand_in, dtype=np.uint32)
-        first = processor.encode("a")
-        self._adds_leading_space = bool(first) and self._id_bytes[first[0]].startswith(b" ")
+        first = _encode_with(processor, ["a"])[0]
+        self._adds_leading_space = len(first) > 0 and self._id_bytes[first[0]].startswith(b" ")
 
     def _with_control_piece(self, file: Path, processor: sentencepiece.SentencePieceProcessor) -> bytes:
         """The model with the boundary mark as a control piece, so that no text is encoded to it."""
@@ -112,5 +114,6 @@ class SentencePieceFileTokenizer(VocabularyTokenizer):
 
 
 def _encode_with(processor: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[np.ndarray]:
-    encoded = processor.encode(texts, return_type="numpy", num_threads=tokenizing_threads())
+    with told_of_text():
+        encoded = processor.encode(texts, return_type="numpy", num_threads=tokenizing_threads())
     return [ids.view(np.uint32) for ids in encoded]
