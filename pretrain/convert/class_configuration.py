@@ -244,7 +244,10 @@ def _refuse_unknown(path: Path, native: NativeClass, raw: Mapping[str, Any], cla
 
 def _build(path: Path, native: NativeClass, fields: Mapping[str, Any]) -> PreTrainedConfig:
     try:
-        return _config_class(native)(**fields)
+        config = _config_class(native)(**fields)
+        # Some values fail only here.
+        config.to_dict()
+        return config
     except Exception as error:  # each class checks its fields in its own way
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: transformers refuses it for {native.architecture}: {reason}") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.tokenizers import Tokenizer
 from data.tokenizers.base import split_word_starts
-from pretrain.errors import CheckError
+from pretrain.errors import CheckError, InputError
 from pretrain.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -127,11 +127,21 @@ def compare_with_class(
         tolerance: largest absolute difference of a logit that is accepted.
 
     Raises:
+        InputError: a file that only ``transformers`` reads, such as ``generation_config.json``, is not what it expects.
         CheckError: the class did not take every tensor as it is, or lacks one.
     """
     import transformers
 
-    there = _load(getattr(transformers, architecture), directory, config=config, use_safetensors=True)
+    try:
+        there = _load(getattr(transformers, architecture), directory, config=config, use_safetensors=True)
+    except CheckError:
+        raise
+    except Exception as error:  # the library raises whatever a value happens to cause
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{directory}: transformers does not load it as {architecture} ({reason}); mend what config.json, "
+            f"generation_config.json or the index of the weights says, or leave the comparison out with --no-check"
+        ) from error
     batches = _random_batches(decoder.model.vocab_size)
     return _compare(decoder, there, batches, [None] * len(batches), tolerance)
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from pretrain.errors import InputError
+
 # ``time_step_limit`` of the classes that have Mamba-2: no limit. Their own default holds an infinity, which JSON lacks.
 ANY_TIME_STEP = [0.0, 1e30]
 
@@ -108,6 +110,9 @@ def renamed_section(kind: str, names: Mapping[str, str], **fixed: Any) -> Sectio
     """
 
     def section(fields: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [theirs for theirs in names.values() if theirs not in fields]
+        if missing:
+            raise InputError(f"{', '.join(missing)} can be told neither from the file nor from its other fields")
         return {"type": kind, **{ours: fields[theirs] for ours, theirs in names.items()}, **fixed}
 
     return section
