@@ -1,12 +1,19 @@
-"""Programs in which the system itself fails a run: signals at a given moment, a disk without room."""
+"""Programs in which the system itself fails a run: signals at a given moment, a disk without room.
+
+Run by itself, this is ``pretrain``, and the first save of step 4 waits, half of a shard on disk, for the file GO_ON.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from pretrain import signals
 from pretrain.checkpoint import shards
@@ -115,3 +122,64 @@ def without_room(raw: dict[str, Any], first: int, last: int) -> tuple[list[str],
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return messages, None
+
+
+def signalled_while_saving(
+    raw: dict[str, Any], step: int, number: int, ranks: list[int], stop_first: bool
+) -> tuple[int, bool]:
+    """Trains; ``number`` comes to each of ``ranks`` when its first shard of ``step`` is half written.
+
+    Args:
+        stop_first: whether that save is one that a signal to rank 0 began, in reading the data of ``step``.
+
+    Returns:
+        The last step, and whether a signal ended the run.
+    """
+    sent: list[int] = []
+
+    def make(save_file: Callable) -> Callable:
+        def signalling(tensors: Any, path: Any, **options: Any) -> None:
+            save_file(tensors, path, **options)
+            if path.parent.name.endswith(f"{step:08}") and not sent:
+                content = path.read_bytes()
+                os.truncate(path, len(content) // 2)
+                sent.append(number)
+                if dist.get_rank() in ranks:
+                    os.kill(os.getpid(), number)
+                path.write_bytes(content)
+
+        return signalling
+
+    def stop(read_step: Callable) -> Callable:
+        def stopping(self: Trainer) -> Any:
+            if stop_first and self.position.step + 1 == step and dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read_step(self)
+
+        return stopping
+
+    with replaced(shards, "save_file", make), replaced(Trainer, "read_step", stop):
+        outcome = train(parse_config(raw, "test"))
+    assert sent == [number], "the save never came"
+    return outcome.step, outcome.stopped_by_signal
+
+
+def _save_when_told(tensors: Any, path: Path, **options: Any) -> None:
+    """Half of a shard of step 4, and the rest when a file says so."""
+    _save_whole(tensors, path, **options)
+    if path.parent.name.endswith(f"{4:08}"):
+        content = path.read_bytes()
+        os.truncate(path, len(content) // 2)
+        print("half of a shard is written", flush=True)
+        while not Path(os.environ["GO_ON"]).exists():
+            time.sleep(0.001)
+        path.write_bytes(content)
+
+
+_save_whole = shards.save_file
+
+if __name__ == "__main__":
+    from pretrain import cli
+
+    shards.save_file = _save_when_told
+    cli.main()
