@@ -11,11 +11,13 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -93,6 +95,31 @@ def pretrain_anew(*arguments: object, processes: int = 0) -> subprocess.Complete
     """Runs a command to its end as a shell would, so that it imports torch and the rest for itself."""
     command = pretrain_command(*arguments, processes=processes)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, its output as text; at the end of the context it is killed with all that it started.
+
+    Args:
+        command: with its arguments.
+        options: of ``Popen``.
+    """
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            kill_with_children(process)
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Ends a process that may have ended; a launcher's workers would else go on without it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        running = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 class Running:

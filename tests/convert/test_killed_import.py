@@ -18,7 +18,7 @@ from pretrain.convert import import_model
 from pretrain.convert import importing as module
 from pretrain.convert import output as output_module
 from pretrain.errors import InputError
-from tests.runs import environment, pretrain_command
+from tests.runs import environment, pretrain_command, started
 
 
 class Killed(BaseException):
@@ -80,13 +80,13 @@ def test_the_command_killed_at_different_moments(saved: Callable[[str], Path], b
     command = pretrain_command("import", saved("mamba2"), tmp_path / "imported", "--config", base, "--no-check")
     killed = 0
     for moment in range(5):
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        # Writing begins with a directory beside the output; kill a little later each time.
-        while process.poll() is None and not list(tmp_path.glob(f".imported.unfinished-*-{process.pid}")):
-            time.sleep(0.001)
-        time.sleep(0.004 * moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with started(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            # Writing begins with a directory beside the output; kill a little later each time.
+            while process.poll() is None and not list(tmp_path.glob(f".imported.unfinished-*-{process.pid}")):
+                time.sleep(0.001)
+            time.sleep(0.004 * moment)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
         if process.returncode != -signal.SIGKILL or (tmp_path / "imported").exists():
             # It was too quick for this moment, and is whole.
             break

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from tests.convert.checkpoints import model_section, pieces_of, random_decoder, 
 from tests.convert.native_models import tensors_in
 from tests.convert.test_custom_export import code_cache, mix_of_all_mixers
 from tests.convert.test_native_classes import MAMBA2, SWIGLU, mix
-from tests.runs import environment, pretrain_command
+from tests.runs import environment, pretrain_command, started
 
 __all__ = ["code_cache"]
 
@@ -243,9 +242,9 @@ def test_memory_is_that_of_one_shard_at_true_size(tmp_path: Path) -> None:
         command = pretrain_command(
             "export", tmp_path / name, tmp_path / f"{name}-out", "--no-check", "--max-shard-size", "100MB"
         )
-        process = subprocess.Popen(command, env=environment(), stdout=sys.stderr)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        with started(command, env=environment(), stdout=sys.stderr) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
         peaks[name] = usage.ru_maxrss * 1024
     assert size > 2_500_000_000

@@ -170,15 +170,20 @@ def test_who_waits_goes_on_when_the_first_is_killed(
         prepare_into(out, config)
 
     processes = [context.Process(target=first), context.Process(target=second)]
-    processes[0].start()
-    assert stopped.wait(60)
-    processes[1].start()
-    assert waiting.wait(60), "the second did not see that there was a first"
-    assert not (out / "manifest.json").exists()
-    processes[0].kill()
-    for process in processes:
-        process.join(60)
-    assert processes[1].exitcode == 0
+    try:
+        processes[0].start()
+        assert stopped.wait(60)
+        processes[1].start()
+        assert waiting.wait(60), "the second did not see that there was a first"
+        assert not (out / "manifest.json").exists()
+        processes[0].kill()
+        for process in processes:
+            process.join(60)
+        assert processes[1].exitcode == 0
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
     assert contents(out) == expected
 
 

@@ -125,9 +125,13 @@ def test_several_processes_may_open_at_once(text_directory: Path, tmp_path: Path
     ]
     for process in processes:
         process.start()
-    fingerprints = {results.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
+    try:
+        fingerprints = {results.get(timeout=60) for _ in processes}
+        for process in processes:
+            process.join(60)
+    finally:
+        for process in processes:
+            process.kill()
     assert fingerprints == {open_data(text_files(text_directory), seed=0).fingerprint}
     assert is_whole(tmp_path / "cache")
 

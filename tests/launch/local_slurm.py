@@ -80,11 +80,15 @@ class LocalSlurm:
         )
         (root / "slurm.conf").write_text(text)
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
-        self._start_munge()
-        self._start("slurmctld", "-D", "-c")
-        for node in ("n0", "n1"):
-            self._start("slurmd", "-D", "-N", node)
-        self.wait(lambda: self.call("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", 60, "both nodes to be idle")
+        try:
+            self._start_munge()
+            self._start("slurmctld", "-D", "-c")
+            for node in ("n0", "n1"):
+                self._start("slurmd", "-D", "-N", node)
+            self.wait(lambda: self.call("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", 60, "both nodes to be idle")
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_munge(self) -> None:
         munge = self.root / "munge"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from launch import write_job
 from launch.attempts import read_attempts
 from tests.configurations import tiny_config
+from tests.runs import started
 
 COMMANDS = {
     # A job of one node with one task, whose steps have no output of their own.
@@ -79,15 +82,17 @@ class Cluster:
             "SLURM_JOB_NODELIST": "n[7]",
         }
 
-    def start(self, does: str, restarts: int = 0) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def start(self, does: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
         (self.directory / "does").write_text(does)
         environment = self.environment | {"SLURM_RESTART_COUNT": str(restarts)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(["bash", str(self.files.script)], env=environment, **pipes)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with started(["bash", str(self.files.script)], env=environment, **pipes) as process:
+            yield process
 
     def attempt(self, does: str, restarts: int = 0) -> tuple[int, str]:
-        process = self.start(does, restarts)
-        output, _ = process.communicate(timeout=60)
+        with self.start(does, restarts) as process:
+            output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
     def lines(self, name: str) -> list[str]:
@@ -110,10 +115,10 @@ def test_a_run_that_finishes_ends_its_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("again", ["requeue", "submit", "never"])
 def test_a_signal_ends_the_run_and_the_job_goes_on(tmp_path: Path, again: str) -> None:
     cluster = Cluster(tmp_path, again=again)
-    process = cluster.start("wait")
-    _until(lambda: (tmp_path / "pid").exists(), process)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    with cluster.start("wait") as process:
+        _until(lambda: (tmp_path / "pid").exists(), process)
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
     assert "told to end" in output and "stopped: said" in output, output
     assert cluster.lines("scancelled")[0] == "--signal=USR1 42"
     assert cluster.lines("requeued") == (["42"] if again == "requeue" else [])
@@ -124,10 +129,10 @@ def test_a_signal_ends_the_run_and_the_job_goes_on(tmp_path: Path, again: str) -
 
 def test_a_job_that_is_cancelled_saves_and_is_not_requeued(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
-    process = cluster.start("wait")
-    _until(lambda: (tmp_path / "pid").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with cluster.start("wait") as process:
+        _until(lambda: (tmp_path / "pid").exists(), process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
     assert process.returncode == 1 and not cluster.lines("requeued")
     assert [attempt.how for attempt in read_attempts(cluster.run)] == ["stopped"]
 

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.errors import EXIT_HUNG
 from pretrain.observe.watchdog import HEARTBEATS, STACKS, Heartbeat, Watchdog, describe
-from tests.runs import environment, pretrain_command, write_config
+from tests.runs import environment, pretrain_command, started, write_config
 
 BEAT = Heartbeat(rank=0, process=11, step=7, count=20, phase="optimizer step", heard=1000.0)
 
@@ -76,10 +76,9 @@ def test_it_can_be_left_out(tmp_path) -> None:
 def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path) -> None:
     config = write_config(tmp_path)
     command = pretrain_command("train", config, "train.steps=100000", "train.hang_seconds=4", processes=2)
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output: list[str] = []
     stopped = None
-    try:
+    with started(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             output.append(line)
             if stopped is None and line.startswith("step 3/"):
@@ -92,8 +91,6 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path) -> None:
             if stopped is not None and line.startswith("watchdog: the stacks"):
                 os.kill(stopped, signal.SIGCONT)
         process.wait(timeout=120)
-    finally:
-        process.kill()
     text = "".join(output)
     assert process.returncode != 0
     assert "watchdog: rank 0 has made no progress for" in text, text

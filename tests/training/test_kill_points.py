@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,32 @@ def run(config: str, steps: int, log: str) -> None:
     train(load_config(Path(config), [f"train.steps={steps}"]))
 
 
-@pytest.mark.slow
-def test_every_kill_resumes_to_the_unbroken_curve(tmp_path: Path) -> None:
+@pytest.fixture
+def start() -> Iterator[Callable[[Path, int, Path], multiprocessing.Process]]:
+    """``start(config, steps, log)``: a process that trains; none is left when the test is over, however it ends."""
     # A server imports everything once, and each process is a fork of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretrain.train", "pretrain.parallel.zero"])
+    processes = []
+
+    def begin(config: Path, steps: int, log: Path) -> multiprocessing.Process:
+        process = context.Process(target=run, args=(str(config), steps, str(log)))
+        process.start()
+        processes.append(process)
+        return process
+
+    try:
+        yield begin
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@pytest.mark.slow
+def test_every_kill_resumes_to_the_unbroken_curve(
+    start: Callable[[Path, int, Path], multiprocessing.Process], tmp_path: Path
+) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     train = {"checkpoint_every": 3, "evaluate_every": 0, "keep_last": 2}
     configs = {}
@@ -48,12 +70,7 @@ def test_every_kill_resumes_to_the_unbroken_curve(tmp_path: Path) -> None:
         data = {"source": {"type": "text_files", "path": str(killed / "corpus"), "pattern": "*.txt"}}
         configs[directory] = write_config(directory, schedule={"type": "constant"}, train=train, data=data)
 
-    def start(directory: Path, steps: int) -> multiprocessing.Process:
-        arguments = (str(configs[directory]), steps, str(tmp_path / "log.txt"))
-        process = context.Process(target=run, args=arguments)
-        process.start()
-        return process
-
+    log = tmp_path / "log.txt"
     metrics = killed / "run" / "metrics.jsonl"
 
     def live(process: multiprocessing.Process, chance: random.Random) -> None:
@@ -76,9 +93,9 @@ def test_every_kill_resumes_to_the_unbroken_curve(tmp_path: Path) -> None:
 
     chance, reached = random.Random(0), []
     for _ in range(KILLS):
-        process = start(killed, 1_000_000)
+        process = start(configs[killed], 1_000_000, log)
         live(process, chance)
-        assert process.exitcode is None, "ended by itself: " + (tmp_path / "log.txt").read_text()[-3000:]
+        assert process.exitcode is None, "ended by itself: " + log.read_text()[-3000:]
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         saved = list_checkpoints(killed / "run" / "checkpoints") if (killed / "run" / "checkpoints").exists() else []
@@ -87,9 +104,9 @@ def test_every_kill_resumes_to_the_unbroken_curve(tmp_path: Path) -> None:
     assert len(set(reached)) > KILLS / 10 and reached[-1] > 0, "killed before anything was done, which shows little"
     last = reached[-1] + 6
     for directory in (killed, whole):
-        process = start(directory, last)
+        process = start(configs[directory], last, log)
         process.join(60 + last)
-        assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
+        assert process.exitcode == 0, log.read_text()[-3000:]
     assert curve(killed / "run") == curve(whole / "run")
     assert not [path for path in (killed / "run" / "checkpoints").iterdir() if not path.name.startswith("step-")]
     print(f"{KILLS} kills, {last} steps, {time.process_time():.0f} s")

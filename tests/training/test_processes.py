@@ -20,6 +20,7 @@ from tests.runs import (
     pretrain,
     pretrain_anew,
     pretrain_command,
+    started,
     write_config,
 )
 
@@ -138,7 +139,7 @@ def test_torchrun_passes_a_stop_on(tmp_path):
     config = write_config(tmp_path)
     command = pretrain_command("train", config, f"train.steps={MANY_STEPS}", processes=2)
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+    with started(command, env=environment(), stdout=pipe, stderr=pipe) as process:
         wait_for_step(process, 2)
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=120)

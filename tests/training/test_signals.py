@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.checkpoint import list_checkpoints
 from pretrain.errors import EXIT_DONE
-from tests.runs import curve, environment, raw_config, write_config, write_corpus
+from tests.runs import curve, environment, raw_config, started, write_config, write_corpus
 
 PROGRAMS = "tests.training.fault_programs"
 ROOT = Path(__file__).parents[2]
@@ -116,12 +116,12 @@ def test_the_command_ends_with_its_own_code_whatever_comes_after_the_last_step(t
 def test_a_signal_before_training_begins_ends_the_process_and_the_next_start_is_the_first(tmp_path):
     config = write_config(tmp_path)
     command = [sys.executable, "-m", "pretrain", "train", str(config), "train.steps=3"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (tmp_path / "run" / "environment.json").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    with started(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not (tmp_path / "run" / "environment.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
     assert process.returncode == -signal.SIGTERM
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert ended.returncode == EXIT_DONE, ended.stderr
