@@ -26,7 +26,7 @@ from pretrain.convert.class_configuration import ClassConfiguration, read_class_
 from pretrain.convert.comparison import LOGIT_TOLERANCE, Comparison, compare_with_class
 from pretrain.convert.incoming_weights import IncomingWeights, check_size
 from pretrain.convert.output import check_output, whole_directory
-from pretrain.convert.weight_files import WeightFiles, confined_file, read_json_object
+from pretrain.convert.weight_files import WeightFiles, confined_file, is_text, read_json_object
 from pretrain.errors import CheckError, InputError
 from pretrain.models.loading import for_one_process, load_decoder, parameter_shapes
 from pretrain.plan import plan
@@ -249,6 +249,8 @@ def _boundary_token(directory: Path, there: ClassConfiguration, path: Path) -> s
         if not token and isinstance(number, int) and 0 <= number < ids["vocab_size"]:
             token = library.id_to_token(number)
         if isinstance(token, str) and token:
+            if not is_text(token):
+                raise InputError(f"{directory / _TOKENIZER_CONFIG}: {kind} is {token!r}, which holds half a character")
             return token
     raise InputError(
         f"{directory}: neither {_TOKENIZER_CONFIG} nor {there.path.name} names an eos_token or bos_token, which mark "

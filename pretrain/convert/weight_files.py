@@ -32,6 +32,8 @@ def confined_file(directory: Path, name: str) -> Path:
     path = directory / name
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise InputError(f"{directory}: the file name {name!r} is refused, because it leads out of the directory")
+    if not is_text(name):
+        raise InputError(f"{directory}: the file name {name!r} is refused, because it holds half a character")
     try:
         resolved, status = path.resolve(strict=True), path.stat()
     except (OSError, RuntimeError):
@@ -44,6 +46,11 @@ def confined_file(directory: Path, name: str) -> Path:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a regular file")
     return path
+
+
+def is_text(name: str) -> bool:
+    """False for a name with half of a UTF-16 pair, which JSON can hold, but no file name, and no log of an error."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def read_json_object(directory: Path, name: str) -> dict[str, Any]:
@@ -145,6 +152,9 @@ class WeightFiles:
         places = read_json_object(self.directory, INDEX_FILE).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
             raise InputError(f"{index}: 'weight_map' must name the file of each tensor")
+        for name in places:
+            if not is_text(name):
+                raise InputError(f"{index}: the tensor name {name!r} in 'weight_map' holds half a character")
         return places
 
     def _nothing_to_read(self) -> str:

@@ -51,7 +51,7 @@ class Directories:
             import_model(self.damaged, self.output, base=base, check=check)
         except (InputError, CheckError) as error:
             # Values may be of thousands of characters; what is said of them is for people. A comparison may fail too.
-            assert 0 < len(str(error)) < 20_000 and (check or isinstance(error, InputError))
+            assert 0 < len(str(error).encode()) < 20_000 and (check or isinstance(error, InputError))
             assert str(self.damaged) in str(error) or isinstance(error, CheckError)
             assert {entry.name for entry in self.place.iterdir()} == before
         else:

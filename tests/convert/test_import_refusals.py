@@ -197,6 +197,16 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda d: _index(d, lambda places: places.update({"lm_head.weight": "../secret.safetensors"})),
         "'../secret.safetensors' is refused",
     ),
+    "shard of half a character": (
+        "mamba2",
+        lambda d: _index(d, lambda places: places.update({"lm_head.weight": "\ud800"})),
+        r"the file name '\\ud800' is refused, because it holds half a character",
+    ),
+    "tensor of half a character": (
+        "mamba2",
+        lambda d: _index(d, lambda places: places.update({"\udfff": _first_shard(d).name})),
+        r"the tensor name '\\udfff' in 'weight_map' holds half a character",
+    ),
     "shard missing": ("mamba2", lambda d: _first_shard(d).unlink(), "model-00001-.* is missing"),
     "shard a link": (
         "mamba2",
@@ -256,6 +266,11 @@ def test_output_base_and_tokenizer_are_looked_at_first(
     add_tokenizer(directory, {})
     change_config(directory, eos_token_id=None, bos_token_id=None)
     with pytest.raises(InputError, match="names an eos_token or bos_token"):
+        import_model(directory, tmp_path / "imported")
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(
+        InputError, match=r"tokenizer_config.json: eos_token is '\\ud800', which holds half a character"
+    ):
         import_model(directory, tmp_path / "imported")
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer.json"):

@@ -70,7 +70,7 @@ def assert_a_clear_error_at_most(path: Path, mark: str) -> None:
     try:
         use_everything(open_file(path, mark))
     except DataError as error:
-        assert "\n" not in str(error) and str(error).endswith(".")
+        assert "\n" not in str(error) and str(error).endswith(".") and str(error).encode()
 
 
 def use_everything(tokenizer: Tokenizer) -> None:
