@@ -68,7 +68,7 @@ def fuzzed(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Call
     return lambda check: chosen(given(*strategies)(check))
 
 
-@fast_and_slow(24, 3000)
+@fast_and_slow(24, 2000)
 @pytest.mark.parametrize("file", [CONFIG, INDEX, *TOKENIZER_FILES])
 def test_a_file_of_anything(file: str, examples: int, directories: Directories) -> None:
     @fuzzed(examples, st.sampled_from(FEW if examples < 100 else sorted(CLASSES)), st.data())
@@ -80,7 +80,7 @@ def test_a_file_of_anything(file: str, examples: int, directories: Directories) 
     check()
 
 
-@fast_and_slow(24, 3000)
+@fast_and_slow(24, 2000)
 def test_a_shard_with_a_header_of_anything(examples: int, directories: Directories) -> None:
     lengths = st.none() | st.sampled_from([0, 1, 2**20, 2**40, 2**63, 2**64 - 1])
 
@@ -98,7 +98,7 @@ def test_a_shard_with_a_header_of_anything(examples: int, directories: Directori
     check()
 
 
-@fast_and_slow(24, 3000)
+@fast_and_slow(24, 2000)
 def test_files_of_any_bytes(examples: int, directories: Directories) -> None:
     files = st.sampled_from([CONFIG, INDEX, "shard", *TOKENIZER_FILES])
 
