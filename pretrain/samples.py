@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from data.tokenizers import Tokenizer
+from pretrain.config.model import ModelConfig
 from pretrain.config.observe import SamplesConfig
-from pretrain.config.schema import ModelConfig
 from pretrain.generate import generate
 from pretrain.models.decoder import Decoder
 from pretrain.models.mixer import State

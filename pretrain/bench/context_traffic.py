@@ -12,7 +12,8 @@ from rich.table import Table
 from kernels.segments import SCHEMES
 from pretrain.bench import context_steps as steps
 from pretrain.bench.context_processes import Processes
-from pretrain.models.registry import MixerConfig, MixerFamily, sequence_mixers
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import MixerFamily, sequence_mixers
 from pretrain.models.segment_messages import SegmentTraffic, exchanged, handed_on
 
 HIDDEN_SIZE = 32

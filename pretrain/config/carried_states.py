@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pretrain.models.registry import MixerConfig, family_of
-
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config
+from pretrain.config.sections import Sections
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import family_of
 
 # Longer than any window of a state, and shorter than what integers in floating point can tell apart.
 _ENDLESS = 2**40
@@ -26,7 +23,7 @@ def bytes_after_any_length(mixer: MixerConfig, hidden_size: int, num_layers: int
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def carried_states_problem(config: Config) -> str | None:
+def carried_states_problem(config: Sections) -> str | None:
     """Why ``train.carry_state`` does not go with the rest, in one sentence; None where it does, or is not set."""
     if not config.train.carry_state:
         return None
@@ -40,7 +37,7 @@ def carried_states_problem(config: Config) -> str | None:
     return None if reason is None else f"train.carry_state does not go with the rest: {reason}"
 
 
-def _model_problem(config: Config) -> str | None:
+def _model_problem(config: Sections) -> str | None:
     model = config.model
     if model.hierarchy is not None:
         return (

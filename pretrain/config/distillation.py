@@ -1,15 +1,13 @@
-"""The section of a run that learns from a teacher, and whether it goes with the rest. Imports no torch."""
+"""The section of a run that learns from a teacher. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.models.registry import StrictModel
-
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.model import ModelConfig
+from pretrain.models.mixer_config import StrictModel
 
 
 class LogitsTerm(StrictModel):
@@ -70,46 +68,3 @@ def replaced_layers(student: ModelConfig, teacher: ModelConfig) -> list[int]:
     """Layers whose sequence mixer is another than the teacher's."""
     shared = min(student.num_layers, teacher.num_layers)
     return [layer for layer in range(shared) if student.block(layer).mixer != teacher.block(layer).mixer]
-
-
-def distillation_problem(config: Config) -> str | None:
-    """Why a teacher does not go with the rest, in one sentence; None where it does, or there is none."""
-    if config.distillation is None:
-        return None
-    model, parallel = config.model, config.parallel
-    reasons = {
-        "pipeline": "a stage would need the teacher's outputs of its own layers, and the last one its logits",
-        "context": "the teacher would need the state before each segment from other ranks",
-        "expert": "routed experts add losses of their own",
-    }
-    for key, reason in reasons.items():
-        if getattr(parallel, key) > 1:
-            return f"distillation does not go with parallel.{key}={getattr(parallel, key)}: {reason}; set it to 1"
-    if model.hierarchy is not None:
-        return (
-            f"distillation does not go with model.hierarchy.type={model.hierarchy.type}, whose positions are not those "
-            f"of the teacher; leave out one of them"
-        )
-    if model.carried_channels():
-        names = ", ".join(model.carried_channels())
-        return f"distillation does not go with layers that carry {names} to the next; leave out one of them"
-    if config.train.carry_state:
-        return (
-            "distillation does not go with train.carry_state=true: the teacher's states are not kept from step to "
-            "step; set it to false"
-        )
-    if config.train.loss_chunk_size is not None:
-        return (
-            "distillation does not go with train.loss_chunk_size: the teacher's logits are compared with the student's "
-            "whole; set it to null"
-        )
-    layers = config.distillation.layer_outputs.layers
-    if isinstance(layers, list):
-        wrong = [layer for layer in layers if not 0 <= layer < model.num_layers]
-        if wrong or not layers:
-            shown = f"names layer {wrong[0]}" if wrong else "is empty"
-            return (
-                f"distillation.layer_outputs.layers {shown}, but layers are counted from 0 to {model.num_layers - 1}; "
-                f"change it"
-            )
-    return None

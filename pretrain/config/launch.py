@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pretrain.models.registry import StrictModel
+from pretrain.models.mixer_config import StrictModel
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 # A value stands on a line of its own in the script.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pretrain.config.model import ModelConfig
+from pretrain.config.sections import Sections
 from pretrain.config.stages import stages_problem
 
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config, ModelConfig
 
-
-def layout_problem(config: Config) -> str | None:
+def layout_problem(config: Sections) -> str | None:
     """Why the model or its data cannot be split as the layout says, in one sentence; None where they can."""
     model, parallel = config.model, config.parallel
     problem = stages_problem(model.num_layers, parallel.pipeline, parallel.layers_per_stage)
@@ -34,7 +31,7 @@ def layout_problem(config: Config) -> str | None:
     return _context_problem(config) or _expert_problem(model, parallel.expert)
 
 
-def _context_problem(config: Config) -> str | None:
+def _context_problem(config: Sections) -> str | None:
     model, parallel = config.model, config.parallel
     context_parallel = parallel.context
     if context_parallel == 1:
@@ -70,7 +67,7 @@ def _context_problem(config: Config) -> str | None:
     return None
 
 
-def _routed_segments_problem(config: Config, waiting: list[str]) -> str | None:
+def _routed_segments_problem(config: Sections, waiting: list[str]) -> str | None:
     """Why routed experts, whose balance loss is of whole sequences, cannot see those in segments."""
     parallel = config.parallel
     for name, block in config.model.blocks.items():
@@ -108,7 +105,7 @@ def _expert_problem(model: ModelConfig, expert_parallel: int) -> str | None:
     return None
 
 
-def check_world_size(config: Config, world_size: int) -> str | None:
+def check_world_size(config: Sections, world_size: int) -> str | None:
     """Why this many processes do not fit the layout, in one sentence; None where they do."""
     parallel, train = config.parallel, config.train
     if world_size % parallel.model_parallel:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
-from pretrain.models.registry import StrictModel
-
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config
+from pretrain.models.mixer_config import StrictModel
 
 
 class SamplesConfig(StrictModel):
@@ -51,19 +46,3 @@ class TensorBoardConfig(StrictModel):
     """TensorBoard, its files in RUN/tensorboard."""
 
     flush_seconds: int = Field(30, ge=1, description="longest time that figures stay in memory")
-
-
-def observe_problem(config: Config) -> str | None:
-    """Why ``observe`` does not go with the rest, in one sentence; None where it does, or is not set."""
-    observe, parallel = config.observe, config.parallel
-    if observe is None or not observe.states or parallel.context == 1:
-        return None
-    even = parallel.context * parallel.segment_multiple
-    for key, length in config.sequence_lengths():
-        if length % even:
-            return (
-                f"observe.states=true does not go with parallel.context={parallel.context} where {key}={length} is not "
-                f"divisible by {even}: gates and states would be those of what fills up the last segment too; change "
-                f"{key} or parallel.context, or set observe.states to false"
-            )
-    return None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from pretrain.models.registry import StrictModel
-
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config
+from pretrain.models.mixer_config import StrictModel
 
 
 class SpikesConfig(StrictModel):
@@ -29,26 +26,3 @@ class SpikesConfig(StrictModel):
         4, ge=0, description="steps right before a spike that are taken for a part of it, and whose samples go too"
     )
     max_rollbacks: int = Field(10, ge=1, description="of the whole run; further spikes are only reported")
-
-
-def spikes_problem(config: Config) -> str | None:
-    """Why ``train.spikes`` does not go with the rest, in one sentence; None where it does, or is not set."""
-    train, spikes = config.train, config.train.spikes
-    if spikes is None or spikes.action == "report":
-        return None
-    start = "train.spikes.action=rollback"
-    if train.carry_state:
-        return (
-            f"{start} does not go with train.carry_state: rows would go on behind the samples that are left out with "
-            f"the states of before them; use action=report, or leave out train.carry_state"
-        )
-    if train.checkpoint_every == 0:
-        return f"{start} needs checkpoints to go back to; set train.checkpoint_every"
-    reached = train.checkpoint_every * (train.keep_last - 1)
-    if spikes.margin > reached:
-        return (
-            f"{start} with margin={spikes.margin} goes back further than the checkpoints that are surely kept, "
-            f"train.checkpoint_every={train.checkpoint_every} x (train.keep_last={train.keep_last} - 1) = {reached} "
-            f"steps; keep more, or lower train.spikes.margin"
-        )
-    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.native import PARTS, NativeClass
 from pretrain.convert.native_classes import NATIVE_CLASSES
 from pretrain.convert.weight_files import read_json_object

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.config import HierarchicalBytesTokenizer, TokenizerConfig
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert import remote
 from pretrain.convert.native import PARTS, parts_of
 from pretrain.errors import InputError
 from pretrain.models.hugging_face import Piece
+from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.modeling import all_float32_parameters
-from pretrain.models.registry import MixerConfig, MixerFamily, family_of
+from pretrain.models.registry import MixerFamily, family_of
 
 if TYPE_CHECKING:
     from pretrain.convert.remote.configuration_recurrent import RecurrentConfig

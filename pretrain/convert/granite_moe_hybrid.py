@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.multipliers import Multipliers, positive
 from pretrain.convert.native import LLAMA_NAMES, LayerTypes, NativeClass
 from pretrain.errors import InputError

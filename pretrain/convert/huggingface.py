@@ -19,7 +19,7 @@ from data.config import TokenizerConfig
 from data.errors import DataError
 from data.tokenizers import Tokenizer, open_tokenizer
 from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert import custom
 from pretrain.convert.comparison import BFLOAT16_TOLERANCE, LOGIT_TOLERANCE, Comparison, compare_with_transformers
 from pretrain.convert.custom import CustomForm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.shards import TensorPiece
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.native import NativeClass
 from pretrain.convert.weight_files import READABLE_DTYPES, WeightFiles
 from pretrain.errors import InputError

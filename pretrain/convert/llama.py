@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.native import LLAMA_NAMES, NativeClass
 
 

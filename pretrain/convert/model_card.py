@@ -14,7 +14,9 @@ from huggingface_hub import ModelCardData
 from data.config import DataConfig
 from pretrain.checkpoint import CheckpointReader
 from pretrain.checkpoint.directory import CHECKPOINTS_DIRECTORY
-from pretrain.config.schema import Config, ModelConfig, OptimizerConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.schema import Config
+from pretrain.config.sections import OptimizerConfig
 from pretrain.convert.custom import CustomForm
 from pretrain.convert.native import NativeForm, parts_of
 from pretrain.models.registry import family_of

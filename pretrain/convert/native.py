@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.config.model import BlockConfig, ModelConfig
 from pretrain.convert.multipliers import Multipliers
 from pretrain.errors import InputError
 from pretrain.models.hugging_face import Piece, pieces_of_tensors, places_within
-from pretrain.models.registry import MixerConfig, family_of
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import family_of
 
 PARTS = ("mixer", "channel")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.native import NativeClass
 from pretrain.errors import InputError
 from pretrain.models.hugging_face import ANY_TIME_STEP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.native import NativeClass
 
 # The class caps its logits always. So wide a cap changes no float32: tanh(x) rounds to x.

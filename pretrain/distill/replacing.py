@@ -20,13 +20,14 @@ from pretrain.checkpoint.shards import TensorPiece, write_durably
 from pretrain.checkpoint.training import begins_a_run, state_of_import
 from pretrain.checkpoint.writer import write_checkpoint
 from pretrain.config import Config, parse_config
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.convert.importing import CONFIG_FILE, config_text, read_base
 from pretrain.convert.output import check_output, whole_directory
 from pretrain.errors import InputError
 from pretrain.models.attention.config import AttentionConfig
 from pretrain.models.loading import for_one_process, parameter_shapes
-from pretrain.models.registry import MixerConfig, sequence_mixers
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import sequence_mixers
 
 # Keys of a layout with which a student cannot learn from a teacher.
 _NO_TEACHER = ("pipeline", "context", "context_scheme", "expert", "data")

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pretrain.config.distillation import DistillationConfig, replaced_layers
-from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.schema import Config
 from pretrain.distill.divergence import divergence
 from pretrain.distill.teacher import Lesson, Teacher, open_teacher
 from pretrain.errors import InputError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import CheckpointReader, resolve_checkpoint
 from pretrain.config import Config, parse_config
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.errors import InputError
 from pretrain.models.building import build_decoder
 from pretrain.models.decoder import Decoder

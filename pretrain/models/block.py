@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pretrain.config.schema import BlockConfig, ModelConfig
+from pretrain.config.model import BlockConfig, ModelConfig
 from pretrain.models.mixer import Carried, Documents, LayerContext, State
 from pretrain.models.norm import NORMS
 from pretrain.models.registry import family_of

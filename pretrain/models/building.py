@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.models.decoder import Decoder
 from pretrain.models.registry import hierarchy_of
 

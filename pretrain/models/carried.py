@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.mixer import Carried, Documents
-from pretrain.models.registry import SEQUENCE_LENGTHS
+from pretrain.models.mixer_config import SEQUENCE_LENGTHS
 
 
 def initial_carried(hidden: Tensor, channels: Mapping[str, int], documents: Documents | None = None) -> Carried:

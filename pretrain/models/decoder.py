@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from data.packing import Batch
 from kernels.segments import ProcessSegments, Segments
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.config.stages import layers_of_stages
 from pretrain.models.block import Block, metric_reductions
 from pretrain.models.carried import initial_carried, pack, packed_channels, unpack, with_auxiliary_loss
 from pretrain.models.linear import ColumnParallelProjection, TiedProjection, UsesWeight, no_initialisation
 from pretrain.models.mixer import Carried, Documents, LayerContext, MeasuredModule, State
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, declare, padded_size, small_normal
-from pretrain.models.registry import AUXILIARY_LOSS
 from pretrain.models.segments import SegmentChain
 from pretrain.models.sharing import share, shared_modules
 from pretrain.models.states_between_steps import StatesBetweenSteps

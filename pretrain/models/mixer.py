@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from kernels.segments import Segments
-from pretrain.models.registry import MixerConfig
+from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.state_figures import StateFigures
 
 State = dict[str, Tensor]

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from pretrain.models.registry import MixerConfig, MixerCost
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
 from pretrain.models.tensor_messages import TensorMessage, split_projections, summed_inside
 

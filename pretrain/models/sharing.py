@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pretrain.config.schema import BlockConfig
+from pretrain.config.model import BlockConfig
 from pretrain.models.mixer import LayerContext, MeasuredModule
 from pretrain.models.registry import family_of
 

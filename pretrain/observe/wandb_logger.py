@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pretrain.config.schema import WandbConfig
+from pretrain.config.sections import WandbConfig
 from pretrain.errors import InputError
 from pretrain.observe.optional_service import OptionalService
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pretrain.config.schema import OptimizerConfig
+from pretrain.config.sections import OptimizerConfig
 from pretrain.models.parameters import declared_parameters
 
 

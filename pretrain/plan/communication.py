@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.models.registry import MixerConfig, family_of
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import family_of
 from pretrain.models.tensor_messages import Collective, TensorMessage, said_again
 from pretrain.plan.context import plan_context
 from pretrain.plan.costs import BYTES_PER_ELEMENT, used_blocks

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config.schema import BlockConfig, Config
-from pretrain.models.registry import MixerConfig, family_of
+from pretrain.config.model import BlockConfig
+from pretrain.config.schema import Config
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import family_of
 from pretrain.models.segment_messages import exchanged, handed_on, kept
 from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
 

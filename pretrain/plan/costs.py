@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pretrain.config.schema import Config
-from pretrain.models.registry import MixerConfig, MixerCost, family_of, hierarchy_of
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.mixer_cost import MixerCost
+from pretrain.models.registry import family_of, hierarchy_of
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 

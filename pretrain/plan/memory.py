@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pretrain.config.carried_states import bytes_after_any_length
-from pretrain.config.schema import BlockConfig, Config
-from pretrain.models.registry import HierarchyConfig, MixerCost, hierarchy_of
+from pretrain.config.model import BlockConfig
+from pretrain.config.schema import Config
+from pretrain.models.mixer_config import HierarchyConfig
+from pretrain.models.mixer_cost import MixerCost
+from pretrain.models.registry import hierarchy_of
 from pretrain.plan.context import kept_bytes, segment_length
 from pretrain.plan.costs import BYTES_PER_ELEMENT, mixer_cost
 from pretrain.plan.layer_bytes import LayerBytes, layer_bytes

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import pydantic
 
-from pretrain.config.schema import Config, ParallelConfig, config_problem
+from pretrain.config.checks import sections_problem
+from pretrain.config.schema import Config
+from pretrain.config.sections import ParallelConfig
 from pretrain.errors import InputError
 from pretrain.plan.communication import stage_traffic
 from pretrain.plan.context import segment_length
@@ -230,7 +232,7 @@ class _Seeking:
             except pydantic.ValidationError as error:
                 self._refuse(error.errors()[0]["msg"].removeprefix("Value error, "), count)
                 continue
-            problem = config_problem(config)
+            problem = sections_problem(config)
             if problem:
                 self._refuse(problem, count)
                 continue

@@ -10,7 +10,8 @@ from pretrain.checkpoint.directory import resolve_checkpoint
 from pretrain.checkpoint.format import read_manifest, read_state
 from pretrain.config import parse_config
 from pretrain.config.distillation import replaced_layers
-from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.plan.costs import BYTES_PER_ELEMENT
 from pretrain.plan.layer_bytes import layer_bytes

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pretrain.models
-from pretrain.models.registry import MixerConfig, MixerFamily, channel_mixers, sequence_mixers
+from pretrain.models.mixer_config import MixerConfig
+from pretrain.models.registry import MixerFamily, channel_mixers, sequence_mixers
 from tests.conformance.mistakes import MISTAKES
 
 README = Path(pretrain.models.__file__).with_name("README.md")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.mixer import Documents, SequenceMixer, State
-from pretrain.models.registry import AUXILIARY_LOSS
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 from tests.conformance.cases import Case
 from tests.conformance.tools import (
     GRADIENT_TOLERANCE,

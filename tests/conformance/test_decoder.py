@@ -12,8 +12,9 @@ from torch.nn import functional
 from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
 from pretrain.models.mixer import Documents
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 from pretrain.models.parameters import declared_parameters
-from pretrain.models.registry import AUXILIARY_LOSS, channel_mixers, sequence_mixers
+from pretrain.models.registry import channel_mixers, sequence_mixers
 from tests.conformance import programs, tools
 
 HIDDEN_SIZE, VOCABULARY, LENGTH = 32, 72, 19

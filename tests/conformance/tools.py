@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pretrain.models.carried import initial_carried
 from pretrain.models.mixer import Carried, ChannelMixer, LayerContext, SequenceMixer, State
+from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.parameters import declared_parameters, full_shape, initialise_weights, shard_of
-from pretrain.models.registry import MixerConfig, MixerFamily
+from pretrain.models.registry import MixerFamily
 from pretrain.parallel.topology import build_topology, megatron_config
 from tests.configurations import tiny_config
 from tests.conformance.cases import Case

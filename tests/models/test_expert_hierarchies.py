@@ -15,7 +15,7 @@ from pretrain.models.decoder import IGNORED_LABEL, Decoder
 from pretrain.models.hierarchy.auxiliary import of_chunks
 from pretrain.models.hierarchy.chunking import find_chunks
 from pretrain.models.mixer import Documents
-from pretrain.models.registry import AUXILIARY_LOSS
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 from pretrain.plan import plan
 from tests.configurations import tiny_config
 from tests.models.expert_models import HIERARCHIES, expert_model, random_expert_model

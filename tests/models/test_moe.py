@@ -16,8 +16,8 @@ from pretrain.models.channel.moe.experts import Experts
 from pretrain.models.channel.moe.mixer import MoE
 from pretrain.models.channel.moe.router import ROUTER_CELL
 from pretrain.models.mixer import LayerContext
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 from pretrain.models.parameters import initialise_weights
-from pretrain.models.registry import AUXILIARY_LOSS
 from pretrain.parallel.topology import build_topology, megatron_config
 from tests.configurations import tiny_config
 from tests.conformance.tools import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, assert_close, context_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.schema import WandbConfig
+from pretrain.config.sections import WandbConfig
 from pretrain.errors import InputError
 from pretrain.observe import wandb_logger
 from pretrain.observe.wandb_logger import WandbLogger

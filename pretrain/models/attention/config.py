@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.models.registry import MixerConfig, StrictModel
+from pretrain.models.mixer_config import MixerConfig, StrictModel
 
 # Pairs of query and key beyond which a mask costs more than compiling once does.
 MOST_MASKED_PAIRS = 1024 * 1024

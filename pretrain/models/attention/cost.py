@@ -11,7 +11,7 @@ less too; neither figure knows of them.
 from __future__ import annotations
 
 from pretrain.models.attention.config import MOST_MASKED_PAIRS, AttentionConfig
-from pretrain.models.registry import MixerCost
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
 
 _FLOAT32 = 4

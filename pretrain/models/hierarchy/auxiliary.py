@@ -3,7 +3,7 @@
 A hierarchy has several networks: encoders and decoders over bytes or over chunks, and the innermost layers. What layers
 carry begins in each of them with zeros, since a position of one is no position of another, and is handed on within it;
 so a recurrent router gains something only where its network has another before it. Of what a network carries the
-auxiliary loss alone leaves it (``registry.AUXILIARY_LOSS``, one value for each of its positions).
+auxiliary loss alone leaves it (``mixer_config.AUXILIARY_LOSS``, one value for each of its positions).
 
 The model's loss is the mean, over labels that count, of cross-entropy and auxiliary loss at the token of each. In a
 hierarchy the auxiliary loss at a token is the sum of those, over all networks, at the position that the token is part
@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pretrain.models.mixer import Carried
-from pretrain.models.registry import AUXILIARY_LOSS
+from pretrain.models.mixer_config import AUXILIARY_LOSS
 
 
 def of_chunks(carried: Carried, latest: Tensor) -> Carried:

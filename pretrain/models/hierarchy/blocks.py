@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.models.block import Block
 from pretrain.models.carried import initial_carried
 from pretrain.models.mixer import Carried, Documents, LayerContext, State

@@ -9,7 +9,7 @@ may see the other, and the backward pass as twice the forward; executed work is 
 from __future__ import annotations
 
 from pretrain.models.mamba2.config import Mamba2Config
-from pretrain.models.registry import MixerCost
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
 from pretrain.models.tensor_messages import TensorMessage, split_projections, summed_inside
 

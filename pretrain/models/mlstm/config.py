@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.models.registry import MixerConfig
+from pretrain.models.mixer_config import MixerConfig
 
 
 class MLSTMConfig(MixerConfig):

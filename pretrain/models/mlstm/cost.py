@@ -16,8 +16,8 @@ rest is what the chunkwise form pays for running on matrix products, so useful w
 
 from __future__ import annotations
 
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.mlstm.config import MLSTMConfig
-from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
 
 _FLOAT32 = 4

@@ -6,12 +6,12 @@ from there.
 
 from __future__ import annotations
 
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.mlstm.config import MLSTMConfig
 from pretrain.models.mlstm.cost import cell_bytes, gating_bytes
 from pretrain.models.mlstm.cost import cost as mlstm_cost
 from pretrain.models.mlstm.cost import segment_messages as cell_messages
 from pretrain.models.mlstm_pre_up.config import MLSTMPreUpConfig
-from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage, window_before
 from pretrain.models.tensor_messages import TensorMessage, split_projections
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.newton_config import NewtonBlockConfig
-from pretrain.models.registry import MixerConfig
 
 
 class ParaGRUConfig(NewtonBlockConfig):

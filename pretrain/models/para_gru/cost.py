@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.newton_config import block_cost, block_messages, block_tensor_messages
 from pretrain.models.para_gru.config import ParaGRUConfig
-from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
 
 # Of one step per channel: two gates of a multiply-add, the candidate's a multiplication more, the blend of old

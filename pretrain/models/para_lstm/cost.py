@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.newton_config import block_cost, block_messages, block_tensor_messages
 from pretrain.models.para_lstm.config import ParaLSTMConfig
-from pretrain.models.registry import MixerCost
 from pretrain.models.segment_messages import SegmentMessage
 
 # Of one step per channel: two gates of two multiply-adds and the candidate of one, the blend of old and new cell

@@ -7,7 +7,7 @@ elementwise work counts an operation on one element as one FLOP, an exponential,
 
 from __future__ import annotations
 
-from pretrain.models.registry import MixerCost
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.slstm.config import SLSTMConfig
 from pretrain.models.tensor_messages import TensorMessage
 

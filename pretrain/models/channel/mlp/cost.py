@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.models.channel.mlp.config import MLPConfig
-from pretrain.models.registry import MixerCost
+from pretrain.models.mixer_cost import MixerCost
 
 
 def cost(

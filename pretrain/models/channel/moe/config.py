@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.models.registry import AUXILIARY_LOSS, MixerConfig
+from pretrain.models.mixer_config import AUXILIARY_LOSS, MixerConfig
 
 # What the recurrent router carries from layer to layer.
 ROUTER_STATE = "router_state"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.models.channel.moe.config import MoEConfig
-from pretrain.models.registry import MixerCost
+from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.tensor_messages import TensorMessage, split_projections
 
 FLOAT32, INT64 = 4, 8

@@ -33,7 +33,7 @@ from pretrain.models.channel.moe.router import (
 from pretrain.models.channel.swiglu.config import SwiGLUConfig
 from pretrain.models.channel.swiglu.mixer import SwiGLU
 from pretrain.models.mixer import Carried, ChannelMixer, LayerContext
-from pretrain.models.registry import AUXILIARY_LOSS, SEQUENCE_LENGTHS
+from pretrain.models.mixer_config import AUXILIARY_LOSS, SEQUENCE_LENGTHS
 
 
 class MoE(ChannelMixer):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain.models.registry import MixerConfig
+from pretrain.models.mixer_config import MixerConfig
 
 
 class SwiGLUConfig(MixerConfig):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain.models.registry import HierarchyConfig, OuterBlock
+from pretrain.models.mixer_config import HierarchyConfig, OuterBlock
 
 
 class HATConfig(HierarchyConfig):

@@ -6,7 +6,7 @@ How many words there are is the text's matter, so costs are those expected where
 from __future__ import annotations
 
 from pretrain.models.hierarchy.hat.config import HATConfig
-from pretrain.models.registry import MixerCost, OuterCost
+from pretrain.models.mixer_cost import MixerCost, OuterCost
 
 _FLOAT32 = 4
 

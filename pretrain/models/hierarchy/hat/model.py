@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from data.batch import Batch
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.errors import InputError
 from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import Decoder

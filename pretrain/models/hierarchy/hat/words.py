@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.models.linear import ColumnParallelProjections, Projection, RowParallelProjection
 from pretrain.models.norm import NORMS
 from pretrain.models.parameters import ParameterSpec, constant, new_parameter, normal, small_normal, wang_normal

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.models.registry import HierarchyConfig, OuterBlock, StrictModel
+from pretrain.models.mixer_config import HierarchyConfig, OuterBlock, StrictModel
 
 
 class HNetStageConfig(StrictModel):

@@ -8,7 +8,7 @@ is counted here; see ``ratio_loss.py``.
 from __future__ import annotations
 
 from pretrain.models.hierarchy.hnet.config import HNetConfig
-from pretrain.models.registry import MixerCost, OuterCost
+from pretrain.models.mixer_cost import MixerCost, OuterCost
 
 _FLOAT32 = 4
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from data.packing import Batch
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.models.carried import initial_carried
 from pretrain.models.decoder import IGNORED_LABEL, Decoder
 from pretrain.models.hierarchy.auxiliary import added, of_chunks

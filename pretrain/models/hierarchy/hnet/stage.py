@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from pretrain.config.schema import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.models.hierarchy.blocks import BlockStack
 from pretrain.models.hierarchy.hnet.config import HNetStageConfig
 from pretrain.models.hierarchy.hnet.routing import Boundaries, Router, choose, straight_through
