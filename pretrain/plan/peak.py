@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pretrain.config.schema import Config
 from pretrain.plan.costs import BYTES_PER_ELEMENT
 from pretrain.plan.layer_bytes import FLOAT32, LayerBytes
+from pretrain.plan.logits import chunked_logit_bytes, logit_bytes
 from pretrain.plan.memory import LIVE_PARAMETERS, REDUCE_BUCKET, Stage
 from pretrain.plan.teacher import TeacherCost
 
@@ -96,26 +96,6 @@ class Peak:
     def bytes(self) -> int:
         """All parts together."""
         return sum(self.bytes_by_part.values())
-
-
-def logit_bytes(config: Config) -> float:
-    """What the loss of one token holds at most for its logits on one tensor-parallel rank, without the head's work.
-
-    The logits in the dtype of activations and in float32, which become their softmax and gradient in place. A soft
-    cap keeps its own result, and makes a third and fourth tensor on the way to the loss and back. A comparison with a
-    teacher's takes both, the logarithms of both probabilities, their difference, two exponentials and the gradient.
-    """
-    per_token = config.model.vocab_size / config.parallel.tensor
-    element = BYTES_PER_ELEMENT[config.train.precision]
-    has_cap = config.model.output_logit_soft_cap is not None
-    of_teacher = 0.0
-    if config.distillation is not None:
-        if config.distillation.logits.weight > 0:
-            return (9 if has_cap else 8) * FLOAT32 * per_token
-        of_teacher = FLOAT32 * per_token
-    if has_cap:
-        return of_teacher + 3 * FLOAT32 * per_token
-    return of_teacher + per_token * (FLOAT32 if element == FLOAT32 else FLOAT32 + element)
 
 
 def peak(stage: Stage) -> Peak:
@@ -240,11 +220,30 @@ def _head(stage: Stage, every: _Kept) -> Iterator[Moment]:
         # Outputs of the teacher's layers, the student's as far as its norms do not keep them, and their differences.
         outputs = stage.teacher.outputs(tokens)
         kept += outputs + (0 if element == FLOAT32 else outputs) + outputs * FLOAT32 / element
+    if config.train.loss_chunk_size is not None:
+        yield from _head_by_chunks(stage, kept, every.states)
+        return
     yield Moment("loss", "the loss", 0, 0, kept, tokens * logit_bytes(config), every.states)
     # The gradients of logits and of the weight, in both precisions.
     logits = tokens * element * config.model.vocab_size / parallel.tensor
     working = stage.head_parameters * (FLOAT32 + (element if element != FLOAT32 else 0)) + tokens * size * element
     yield Moment("backward", "the head's backward pass", 0, 0, kept, logits, every.states, working)
+
+
+def _head_by_chunks(stage: Stage, kept: float, states: float) -> Iterator[Moment]:
+    """The same where no more than a chunk of the logits is there at once, and is made again backward."""
+    config, tokens = stage.config, stage.tokens
+    element = BYTES_PER_ELEMENT[config.train.precision]
+    chunk = min(config.train.loss_chunk_size, tokens)
+    forward, backward = (chunk * count for count in chunked_logit_bytes(config))
+    hidden = tokens * config.model.embedding_size * element
+    # The whole sequence is kept, beside this rank's part of it.
+    kept += hidden if config.parallel.sequence else 0
+    cast = stage.head_parameters * (element if element != FLOAT32 else 0)
+    yield Moment("loss", "the loss", 0, 0, kept, forward, states, cast)
+    # The weight's gradient in float32, one chunk's part of it where that must be cast, and the hidden states' gradient.
+    working = stage.head_parameters * FLOAT32 + 2 * cast + hidden
+    yield Moment("backward", "the head's backward pass", 0, 0, kept, backward, states, working)
 
 
 def _layers(stage: Stage, every: _Kept, is_first: bool) -> Iterator[Moment]:

@@ -17,6 +17,7 @@ SETTINGS = ("model.norm=layer", "train.global_batch_size=2", "train.micro_batch_
 
 NARROW = ("model.hidden_size=32", "model.num_layers=16")
 MANY_WORDS = ("model.hidden_size=64", "model.vocab_size=8192", "model.num_layers=2")
+BY_CHUNKS = ("train.loss_chunk_size=96",)
 BLOCK = "train.recompute=block"
 BFLOAT16 = "train.precision=bfloat16"
 
@@ -34,6 +35,17 @@ CASES = {
     "chunks_recomputed": ("hnet_2stage", (BLOCK,), "the backward pass of layer 0, swiglu"),
     "large_vocabulary": ("xlstm", (*MANY_WORDS, BLOCK), "the loss"),
     "large_vocabulary_uncapped": ("xlstm", (*MANY_WORDS, BFLOAT16, "model.output_logit_soft_cap=null"), "the loss"),
+    "loss_by_chunks": ("xlstm", (*MANY_WORDS, *BY_CHUNKS, BLOCK), "the head's backward pass"),
+    "loss_by_chunks_uncapped": (
+        "xlstm",
+        (*MANY_WORDS, *BY_CHUNKS, BFLOAT16, "model.output_logit_soft_cap=null"),
+        "the head's backward pass",
+    ),
+    "loss_by_chunks_uncapped_float32": (
+        "xlstm",
+        (*MANY_WORDS, *BY_CHUNKS, "model.output_logit_soft_cap=null"),
+        "the loss",
+    ),
     "deep_and_narrow": ("xlstm", NARROW, "the loss"),
     "deep_and_narrow_recomputed": ("xlstm", (*NARROW, BLOCK), "the backward pass of layer 0, swiglu"),
 }
