@@ -18,8 +18,8 @@ from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.registry import family_of
 from pretrain.models.tensor_messages import Collective, TensorMessage, said_again
 from pretrain.plan.context import plan_context
-from pretrain.plan.costs import BYTES_PER_ELEMENT, used_blocks
-from pretrain.plan.memory import FLOAT32, Stage
+from pretrain.plan.costs import BYTES_PER_ELEMENT, FLOAT32, used_blocks
+from pretrain.plan.stages import Stage
 
 # DeepSpeed's defaults for ZeRO-3, in elements: a smaller parameter stays whole, and one that is used again within so
 # many elements stays gathered until then.

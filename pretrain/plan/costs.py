@@ -10,7 +10,8 @@ from pretrain.models.mixer_config import MixerConfig
 from pretrain.models.mixer_cost import MixerCost
 from pretrain.models.registry import family_of, hierarchy_of
 
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+FLOAT32 = 4
+BYTES_PER_ELEMENT = {"float32": FLOAT32, "bfloat16": 2}
 
 
 def mixer_cost(section: MixerConfig, config: Config, hidden_size: int, sequence_length: int) -> MixerCost:

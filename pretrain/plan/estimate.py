@@ -10,11 +10,13 @@ from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.plan.communication import Traffic, heaviest_traffic, stage_traffic
 from pretrain.plan.context import ContextPlan, plan_context
+from pretrain.plan.costs import FLOAT32
 from pretrain.plan.gpus import GPUFit, find_gpu, fit
+from pretrain.plan.layers import BlockCost, layer_costs, shared_parameters
 from pretrain.plan.lengths import FlopsByLength, flops_by_length
-from pretrain.plan.memory import FLOAT32, BlockCost, Stage, layer_costs, pipeline_stages, shared_parameters
 from pretrain.plan.peak import peak
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, Speed, StepSeconds, busiest, estimate_speed
+from pretrain.plan.stages import Stage, pipeline_stages
 from pretrain.plan.teacher import TeacherCost, read_teacher
 
 # Settings of ``train.recompute``.

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pretrain.config.schema import Config
-from pretrain.plan.costs import BYTES_PER_ELEMENT
-
-if TYPE_CHECKING:
-    from pretrain.plan.memory import BlockCost
-
-FLOAT32 = 4
+from pretrain.plan.costs import BYTES_PER_ELEMENT, FLOAT32
+from pretrain.plan.layers import BlockCost
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pretrain.config.schema import Config
-from pretrain.plan.costs import BYTES_PER_ELEMENT
-from pretrain.plan.layer_bytes import FLOAT32
+from pretrain.plan.costs import BYTES_PER_ELEMENT, FLOAT32
 
 
 def logit_bytes(config: Config) -> float:

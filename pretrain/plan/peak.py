@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pretrain.plan.costs import BYTES_PER_ELEMENT
-from pretrain.plan.layer_bytes import FLOAT32, LayerBytes
+from pretrain.plan.costs import BYTES_PER_ELEMENT, FLOAT32
+from pretrain.plan.layer_bytes import LayerBytes
 from pretrain.plan.logits import chunked_logit_bytes, logit_bytes
-from pretrain.plan.memory import LIVE_PARAMETERS, REDUCE_BUCKET, Stage
+from pretrain.plan.stages import LIVE_PARAMETERS, REDUCE_BUCKET, Stage
 from pretrain.plan.teacher import TeacherCost
 
 PARTS = {

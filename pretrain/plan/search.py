@@ -17,10 +17,11 @@ from pretrain.plan.communication import stage_traffic
 from pretrain.plan.context import segment_length
 from pretrain.plan.estimate import RECOMPUTE, model_flops_per_token, stage_flops_per_token
 from pretrain.plan.gpus import GPU, find_gpu, usable_bytes
-from pretrain.plan.memory import BlockCost, Stage, layer_costs, pipeline_stages
+from pretrain.plan.layers import BlockCost, layer_costs
 from pretrain.plan.numbers import format_bytes
 from pretrain.plan.peak import heaviest
 from pretrain.plan.speed import MODEL_FLOPS_UTILIZATION, StepSeconds, busiest
+from pretrain.plan.stages import Stage, pipeline_stages
 from pretrain.plan.teacher import read_teacher
 
 ZERO = (0, 1, 2, 3)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from pretrain.config.schema import Config
 from pretrain.plan.communication import Traffic
-from pretrain.plan.costs import BYTES_PER_ELEMENT
+from pretrain.plan.costs import BYTES_PER_ELEMENT, FLOAT32
 from pretrain.plan.gpus import GPU
-from pretrain.plan.memory import FLOAT32, Stage
+from pretrain.plan.stages import Stage
 
 # What well-tuned runs of dense models reach; scans and small batches reach less.
 MODEL_FLOPS_UTILIZATION = 0.4

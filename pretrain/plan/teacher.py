@@ -15,7 +15,7 @@ from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.plan.costs import BYTES_PER_ELEMENT
 from pretrain.plan.layer_bytes import layer_bytes
-from pretrain.plan.memory import BlockCost, layer_costs, shared_parameters
+from pretrain.plan.layers import BlockCost, layer_costs, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TeacherCost:
 
     Attributes:
         config: the run's, with the teacher's model in place of the student's.
-        layers: as :func:`pretrain.plan.memory.layer_costs` gives them.
+        layers: as :func:`pretrain.plan.layers.layer_costs` gives them.
         matched: layers whose outputs are compared.
     """
 

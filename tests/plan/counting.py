@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.parallel import zero as zero_engine
 from pretrain.plan.communication import gathered_elements, stage_traffic
-from pretrain.plan.memory import layer_costs, pipeline_stages
+from pretrain.plan.layers import layer_costs
+from pretrain.plan.stages import pipeline_stages
 from tests.configurations import tiny_config
 from tests.parallel.programs import one_step, open_engine
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from pretrain.models.parameters import initialise_weights
 from pretrain.plan import plan
-from pretrain.plan.memory import layer_costs
+from pretrain.plan.layers import layer_costs
 from tests.configurations import tiny_config
 from tests.plan.measuring import build, bytes_kept
 from tests.plan.peaks import most_held

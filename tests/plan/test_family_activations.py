@@ -22,7 +22,7 @@ from pretrain.models.parameters import initialise_weights
 from pretrain.models.slstm.config import SLSTMConfig
 from pretrain.plan import plan
 from pretrain.plan.costs import BYTES_PER_ELEMENT
-from pretrain.plan.memory import layer_costs
+from pretrain.plan.layers import layer_costs
 from tests.plan.conftest import FAMILIES, ONE_PROCESS
 from tests.plan.measuring import build, bytes_kept
 

@@ -11,7 +11,7 @@ from pretrain.config import Config
 from pretrain.models.parameters import initialise_weights
 from pretrain.plan import model_flops_per_token
 from pretrain.plan.estimate import hardware_flops_per_token
-from pretrain.plan.memory import layer_costs
+from pretrain.plan.layers import layer_costs
 from tests.plan.conftest import FAMILIES, ONE_PROCESS
 from tests.plan.measuring import build, flop_counter
 

@@ -16,7 +16,7 @@ from pretrain.models.hierarchy.hnet.stage import HNetStage
 from pretrain.models.parameters import initialise_weights
 from pretrain.plan import model_flops_per_token, plan
 from pretrain.plan.estimate import hardware_flops_per_token
-from pretrain.plan.memory import layer_costs
+from pretrain.plan.layers import layer_costs
 from tests.plan.conftest import HIERARCHIES, ONE_PROCESS
 from tests.plan.measuring import Allocations, build, flop_counter
 

@@ -14,7 +14,7 @@ from pretrain.config import Config
 from pretrain.models.mlstm.config import MLSTMConfig
 from pretrain.models.mlstm.cost import cost
 from pretrain.models.parameters import initialise_weights
-from pretrain.plan.memory import layer_costs
+from pretrain.plan.layers import layer_costs
 from tests.plan.conftest import ONE_PROCESS
 from tests.plan.measuring import Allocations, build, bytes_kept, flop_counter
 

@@ -11,9 +11,10 @@ from pretrain.plan import GPUS, model_flops_per_token, plan
 from pretrain.plan.communication import Traffic
 from pretrain.plan.estimate import stage_flops_per_token
 from pretrain.plan.gpus import GPU
+from pretrain.plan.layers import layer_costs
 from pretrain.plan.lengths import flops_by_length
-from pretrain.plan.memory import layer_costs, pipeline_stages
 from pretrain.plan.speed import LINK_EFFICIENCY, bytes_per_second, step_seconds
+from pretrain.plan.stages import pipeline_stages
 from tests.plan.conftest import EVERY_FAMILY
 
 Load = Callable[..., Config]
