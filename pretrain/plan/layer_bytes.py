@@ -22,6 +22,7 @@ class MixerBytes:
         product: the same, and the weights' copy where that is there at the same time.
         cast: copies of weights, its own and those before it, that recomputation keeps for the backward pass.
         parameters: on this rank, with the norm before it.
+        shared: parameters that it shares with other layers, by network and module.
     """
 
     name: str
@@ -31,6 +32,7 @@ class MixerBytes:
     product: float
     cast: float
     parameters: int
+    shared: dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _describe(config: Config, layer: BlockCost) -> LayerBytes:
         gradient = FLOAT32 * at_once + (element * at_once if is_cast else 0)
         product = gradient + (0 if is_cast else FLOAT32 * at_once)
         working = layer.positions_per_token * mixer.working_bytes_per_rank(1 if layer.is_joint else tensor)
-        mixers.append(MixerBytes(name, kept, working, gradient, product, cast, parameters + norm))
+        shared = layer.shared_by(mixer)
+        mixers.append(MixerBytes(name, kept, working, gradient, product, cast, parameters + norm, shared))
     return LayerBytes(
         name=layer.place,
         identity=id(layer),

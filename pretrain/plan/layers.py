@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pretrain.config.carried_states import bytes_after_any_length
@@ -48,6 +49,10 @@ class BlockCost:
     @property
     def active_parameters(self) -> int:
         return sum(mixer.active_parameters for mixer in self.mixers) + self.norms * self.hidden_size
+
+    def shared_by(self, mixer: MixerCost) -> dict[tuple[str, str], int]:
+        """Parameters of modules that one of its mixers shares with other layers, by network and module."""
+        return {(self.place, name): count for name, count in mixer.shared_parameters.items()}
 
     def parameters_per_rank(self, tensor: int, expert: int = 1) -> int:
         """Parameters on one of ``tensor`` tensor-parallel and ``expert`` expert-parallel ranks."""
@@ -125,10 +130,10 @@ def _outer_costs(config: Config, hierarchy: HierarchyConfig) -> list[BlockCost]:
     return costs
 
 
-def shared_parameters(layers: list[BlockCost]) -> int:
+def shared_parameters(layers: Iterable[BlockCost]) -> int:
     """Parameters that layers share, each network's counted once; every pipeline stage holds a copy."""
     shared: dict[tuple[str, str], int] = {}
     for layer in layers:
         for mixer in layer.mixers:
-            shared |= {(layer.place, name): count for name, count in mixer.shared_parameters.items()}
+            shared |= layer.shared_by(mixer)
     return sum(shared.values())

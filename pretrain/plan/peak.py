@@ -11,12 +11,12 @@ them is largest are looked at one by one, and the largest sum counts:
 * the optimizer's step.
 
 Of the micro-batches in flight two are looked at. In the backward pass of the first, gradients do not yet exist of what
-comes before in the model; in that of the second all do.
+comes before in the model, but under ZeRO-3, which makes room for them once; in that of the second all do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ class Moment(NamedTuple):
     states: float = 0
     working: float = 0
     optimizer_step: float = 0
+    communication_buffers: float = 0
 
     @property
     def size(self) -> float:
@@ -120,7 +121,8 @@ def lasting_bytes(stage: Stage) -> dict[str, int]:
     """By part, what is there at every moment."""
     parallel, parameters, partition = stage.config.parallel, stage.parameters, stage.partition
     zero = parallel.zero
-    buffers = FLOAT32 * _bucket(stage) if zero >= 2 else 0
+    # ZeRO-3's is always there, ZeRO-2's in backward passes alone.
+    buffers = FLOAT32 * _bucket(stage) if zero == 3 else 0
     if parallel.sequence:
         element = BYTES_PER_ELEMENT[stage.config.train.precision]
         buffers += element * stage.tokens * stage.config.model.hidden_size
@@ -142,16 +144,26 @@ def _bucket(stage: Stage) -> int:
 
 def moments(stage: Stage) -> Iterator[Moment]:
     """Those of which one is the heaviest."""
-    zero, flight = stage.config.parallel.zero, stage.micro_batches_in_flight
+    zero = stage.config.parallel.zero
     all_gradients = FLOAT32 * (stage.partition if zero >= 2 else stage.parameters)
     gathered = FLOAT32 * min(stage.parameters, LIVE_PARAMETERS) if zero == 3 else 0
     yield Moment("optimizer_step", "the optimizer's step", all_gradients, optimizer_step=_optimizer_step(stage))
+    bucket = FLOAT32 * _bucket(stage) if zero == 2 else 0
+    for moment in _micro_batches(stage, all_gradients, gathered):
+        yield moment._replace(communication_buffers=bucket) if moment.kind == "backward" else moment
+
+
+def _micro_batches(stage: Stage, all_gradients: int, gathered: int) -> Iterator[Moment]:
+    """Those of the passes; given the bytes of all gradients and of the weights that ZeRO-3 has gathered."""
+    zero, flight = stage.config.parallel.zero, stage.micro_batches_in_flight
+    # ZeRO-2 keeps this rank's part of each gradient.
+    share = stage.partition / stage.parameters if zero == 2 else 1
     every = _Kept(stage)
-    passes = [(flight, zero < 2)]
+    passes = [(flight, zero < 3)]
     if stage.micro_batches > 1:
         passes.append((min(flight, stage.micro_batches - 1), False))
     if stage.teacher is not None:
-        gradients = 0 if stage.micro_batches == 1 and zero < 2 else all_gradients
+        gradients = 0 if stage.micro_batches == 1 and zero < 3 else all_gradients
         yield _teaching(stage, stage.teacher)._replace(gradients=gradients, gathered_weights=gathered)
     for in_flight, is_first in passes:
         # Of the micro-batches that wait for their backward pass.
@@ -166,7 +178,7 @@ def moments(stage: Stage) -> Iterator[Moment]:
         waiting = embedding if is_tied and not is_first else 0
         for moment in _layers(stage, every, is_first):
             yield moment._replace(
-                gradients=moment.gradients if is_first else all_gradients,
+                gradients=share * moment.gradients if is_first else all_gradients,
                 gathered_weights=gathered,
                 activations=moment.activations + others,
                 states=moment.states + states,
@@ -259,6 +271,7 @@ def _layers(stage: Stage, every: _Kept, is_first: bool) -> Iterator[Moment]:
     # Where the embedding is tied to the head its gradient begins there too.
     behind += stage.head_parameters + stage.config.model.embedding_size if stage.is_last else 0
     joints_left = every.joints
+    shared = _shared_behind(layers)
     for place, layer in enumerate(layers):
         own_state = every.state(layer)
         states += own_state
@@ -268,7 +281,9 @@ def _layers(stage: Stage, every: _Kept, is_first: bool) -> Iterator[Moment]:
         if place in looked_at:
             there = before + (joints_left if layer.is_inner else 0)
             there += tokens * layer.input if every.recomputes and not layer.is_joint else 0
-            gradients = behind
+            gradients, found = behind, shared[place]
+            # Gradients of shared weights are added to those of micro-batches before once all layers have found theirs.
+            waits = any(mixer.shared for earlier in layers[: place + 1] for mixer in earlier.mixers)
             for mixer in reversed(layer.mixers):
                 weights, copies = mixer.product, 0.0
                 if every.recomputes and not layer.is_joint:
@@ -277,9 +292,21 @@ def _layers(stage: Stage, every: _Kept, is_first: bool) -> Iterator[Moment]:
                 name = f"the backward pass of {layer.name}, {mixer.name}"
                 held = states if not every.recomputes else own_state
                 activations = there + tokens * mixer.kept
+                if is_first or waits:
+                    working += FLOAT32 * sum(found.values())
                 yield Moment("backward", name, FLOAT32 * gradients, 0, activations, 0, held, working)
                 gradients += mixer.parameters
+                found = found | mixer.shared
         before += tokens * layer.kept if layer.is_joint else every.of(layer)
+
+
+def _shared_behind(layers: Sequence[LayerBytes]) -> list[dict[tuple[str, str], int]]:
+    """Of each layer, the shared parameters that layers behind it use."""
+    behind: list[dict[tuple[str, str], int]] = [{}]
+    for layer in reversed(layers[1:]):
+        used = {name: count for mixer in layer.mixers for name, count in mixer.shared.items()}
+        behind.append(behind[-1] | used if used else behind[-1])
+    return behind[::-1]
 
 
 def _optimizer_step(stage: Stage) -> int:

@@ -61,6 +61,7 @@ def test_a_step_holds_within_a_twentieth_of_what_is_planned(load: Callable[..., 
 
 
 SWIGLU = {"type": "swiglu"}
+MOE = {"type": "moe", "num_experts": 4, "experts_per_token": 2, "intermediate_size": 128}
 # Every kind of message: a window and a summary, keys and values, a state that the next rank waits for.
 SEGMENTS = {
     "exchanged": [{"type": "mamba2", "head_size": 16, "state_size": 16}, {"type": "attention", "num_heads": 4}],
@@ -75,13 +76,19 @@ SEGMENTS = {
         ("exchanged", {"context": 2}, "block"),
         ("waited_for", {"context": 2}, "none"),
         ("exchanged", {"zero": 1}, "none"),
+        ("exchanged", {"zero": 2}, "none"),
         ("exchanged", {"zero": 3}, "block"),
+        ("exchanged", {"pipeline": 2}, "none"),
+        ("exchanged", {"tensor": 2, "sequence": True}, "none"),
+        ("exchanged", {"expert": 2}, "none"),
+        ("exchanged", {"expert": 2, "zero": 1}, "block"),
     ],
 )
 def test_two_ranks_hold_within_a_tenth(
     mixers: str, parallel: dict[str, int], recompute: str, worker_pools: Any
 ) -> None:
-    blocks: dict[str, Any] = {mixer["type"]: {"mixer": mixer, "channel": SWIGLU} for mixer in SEGMENTS[mixers]}
+    channel = MOE if "expert" in parallel else SWIGLU
+    blocks: dict[str, Any] = {mixer["type"]: {"mixer": mixer, "channel": channel} for mixer in SEGMENTS[mixers]}
     overrides = {
         "model": {"hidden_size": 64, "num_layers": 2, "layers": list(blocks), "blocks": blocks, "norm": "layer"},
         "parallel": {"zero": 0} | parallel,
