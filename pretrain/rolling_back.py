@@ -27,7 +27,7 @@ def rolls_back(trainer: Trainer) -> bool:
         return False
     trainer.finish_saving()
     batches = (settings.margin + 1) * trainer.config.train.global_batch_size
-    samples = first_of_last(position.samples, batches, trainer.left_out), position.samples
+    samples = first_of_last(position.samples, batches, trainer.data.left_out), position.samples
 
     def go_back() -> Rollback | str:
         if len(read_rollbacks(trainer.run.path)) >= settings.max_rollbacks:

@@ -128,14 +128,15 @@ def run_with_poison(raw: dict[str, Any], poisoned: list[int], resume: str = "aut
 
     from data.order import rank_share, sample_indices
     from pretrain import trainer as module
+    from pretrain.training_data import TrainingData
 
-    schedule, read_batch = module.run_schedule, module.Trainer._read_batch
+    schedule, read_batch = module.run_schedule, TrainingData._read
     mark, trained = 7, []
     # Batches stay alive in it, so that no other takes the identity of one.
     made: dict[int, tuple[Any, list[int]]] = {}
 
-    def poisoning(self: module.Trainer, first: int) -> list[Any]:
-        train, topology = self.config.train, self.topology
+    def poisoning(self: TrainingData, first: int) -> list[Any]:
+        train, topology = self.config.train, self._topology
         indices = sample_indices(first, train.global_batch_size, self.left_out)
         shares = rank_share(indices, train.micro_batch_size, topology.data_rank, topology.data_size)
         batches = []
@@ -156,13 +157,13 @@ def run_with_poison(raw: dict[str, Any], poisoned: list[int], resume: str = "aut
         train_step(self, micro_batches)
 
     train_step = module.Trainer.train_step
-    module.run_schedule, module.Trainer._read_batch, module.Trainer.train_step = raising, poisoning, recording
+    module.run_schedule, TrainingData._read, module.Trainer.train_step = raising, poisoning, recording
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
             train(parse_config(raw, "test"), resume)
     finally:
-        module.run_schedule, module.Trainer._read_batch, module.Trainer.train_step = schedule, read_batch, train_step
+        module.run_schedule, TrainingData._read, module.Trainer.train_step = schedule, read_batch, train_step
     return trained, output.getvalue()
 
 
