@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import TokenizerConfig
 from data.documents import SPLITS, SplitCounts, content_fingerprint
@@ -50,6 +50,13 @@ class SplitPart(_Record):
     invalid_utf8_documents: int = Field(ge=0)
     binary: FileRecord | None
     index: FileRecord | None
+
+    @model_validator(mode="after")
+    def _has_the_files_of_its_documents(self) -> SplitPart:
+        for name, file in (("binary", self.binary), ("index", self.index)):
+            if (file is None) != (self.documents == 0):
+                raise ValueError(f"{name} is {'missing' if file is None else 'there'}, with {self.documents} documents")
+        return self
 
 
 class ShardRecord(_Record):
