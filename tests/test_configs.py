@@ -332,6 +332,7 @@ def test_data_section_of_a_run_is_the_runs(tmp_path: Path) -> None:
         (f"base: {QUICKSTART}\n", ["data.sequence_length=1"], "'data.sequence_length' is 1: input should be"),
         (f"base: {QUICKSTART}\n", ["data.source=null"], "'data': give either source or mixture"),
         (f"base: {QUICKSTART}\n", ["data"], "expected key=value"),
+        (f"base: {QUICKSTART}\n", ["[=1"], "expected key=value"),
     ],
 )
 def test_data_section_that_is_wrong(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:

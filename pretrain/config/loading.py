@@ -129,12 +129,12 @@ def _exponents_as_numbers(value: Any) -> Any:
 def _apply_overrides(merged: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         key, separator, value = override.partition("=")
-        if not separator or not key:
+        if not separator or not key.strip(".[]"):
             raise InputError(f"override '{override}': expected key=value, for instance train.steps=100")
         try:
             parsed = _exponents_as_numbers(read_yaml(value))
             OmegaConf.update(merged, key, parsed, merge=True, force_add=True)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
             raise InputError(f"override '{override}': cannot be applied ({' '.join(str(error).split())})") from None
     return merged
 
