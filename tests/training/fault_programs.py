@@ -105,6 +105,8 @@ def without_room(raw: dict[str, Any], first: int, last: int) -> tuple[list[str],
     def make(read_step: Callable) -> Callable:
         def limiting(self: Trainer) -> Any:
             if self.position.step + 1 == first:
+                # A save that still goes on would fail too.
+                self.saver.wait()
                 size = self.run.metrics_file.stat().st_size
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, unlimited[1]))
             if self.position.step == last:
