@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from data.tokenizers import Tokenizer
@@ -57,7 +58,7 @@ class ModelInTraining:
             found, final = self.engine.model(tokens, states, word_starts=word_starts)
         decoder.input_tensor = None
         if decoder.is_last_stage:
-            last = _whole_vocabulary(found[:, -1:])
+            last = gather_from_tensor_model_parallel_region(found[:, -1:])
         else:
             dist.send(found.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=stages)
             last = torch.empty(tokens.shape[0], 1, padded_size(decoder.model.vocab_size), device=tokens.device)
@@ -91,14 +92,6 @@ def _called_for_logits(decoder: Decoder) -> Iterator[None]:
         yield
     finally:
         del decoder.forward
-
-
-def _whole_vocabulary(part: Tensor) -> Tensor:
-    """``(..., vocabulary)`` from each tensor-parallel rank's part of the vocabulary."""
-    part, ranks = part.contiguous(), parallel_state.get_tensor_model_parallel_world_size()
-    parts = [torch.empty_like(part) for _ in range(ranks)]
-    dist.all_gather(parts, part, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=-1)
 
 
 def sample_texts(engine: Engine, tokenizer: Tokenizer, settings: SamplesConfig, seed: int) -> list[str] | None:
